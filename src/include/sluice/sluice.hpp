@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sluice: run language models that are larger than the memory given to them.
+//
+//   auto model = sluice::Model::open("model.sluice", {.device_memory_bytes = 8ull << 30});
+//   auto session = model->new_session();
+//   session->append(model->tokenize("The capital of France is"));
+//   session->generate({.max_tokens = 32}, [](const sluice::Token& t) { std::cout << t.text; return true; });
+//
+// No global state: any number of models may live in one process. Nothing throws; see result.hpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "sluice/log.hpp"
+#include "sluice/result.hpp"
+
+#if defined(_WIN32)
+#define SLUICE_API
+#else
+#define SLUICE_API __attribute__((visibility("default")))
+#endif
+
+namespace sluice {
+
+// Where disk-tier weights come from. `automatic`: io_uring, or pread where the kernel refuses it. `mmap`: the CPU computes
+// straight out of the mapping.
+enum class Io { automatic, uring, pread, mmap };
+enum class Activations { int8, f32 };
+enum class Verify { open, off };   // of a mapping; planes that are read are always verified
+
+struct ModelOptions {
+  // Budgets in bytes. Device memory holds resident weights, the stream ring, the KV cache and scratch; unset: all that
+  // the model needs. Host memory holds weights that are copied to the device in every pass; the rest stays on disk.
+  std::optional<uint64_t> device_memory_bytes;
+  uint64_t host_memory_bytes = 0;
+  uint32_t context = 0;              // positions per session; 0: the model's own, at most 4096
+  uint32_t sessions = 1;             // that may exist at a time
+  uint32_t max_rows = 0;             // tokens of a prefill pass; 0: chosen by the planner, at most 512
+  uint32_t max_logit_rows = 0;       // rows of a pass that may want logits; 0: 8
+  Io io = Io::automatic;
+  Verify verify = Verify::open;
+  std::string backend = "auto";      // "auto", "cpu"
+  Activations cpu_activations = Activations::int8;
+  uint32_t threads = 0;              // of the CPU backend; 0: one per core
+  LogHook log;
+  std::function<void(uint64_t done, uint64_t total)> load_progress;   // bytes of resident and host weights
+};
+
+// Sampling. A negative field means: the model's generation config, else greedy / off.
+struct Sampling {
+  float temperature = -1;            // 0: greedy
+  int32_t top_k = -1;
+  float top_p = -1;
+  float min_p = -1;
+  float repeat_penalty = -1;         // over the last 64 tokens; 1: off
+  uint64_t seed = 0;                 // 0: 1
+};
+
+struct GenerateOptions {
+  uint32_t max_tokens = 128;
+  Sampling sampling;
+  std::vector<std::string> stop;     // texts that end the generation; not handed out
+  bool ignore_eos = false;
+};
+
+// One generated token. `text` is what became final with it: whole UTF-8 characters, possibly none.
+struct Token {
+  int32_t id = 0;
+  std::string_view text;             // valid during the callback
+};
+
+enum class StopReason { end_of_text, max_tokens, stop_text, context_full, cancelled };
+
+// Where the time of a session went, summed over passes of a kind. Seconds unless named otherwise.
+struct PassTimes {
+  uint64_t passes = 0;
+  uint64_t tokens = 0;
+  double total = 0;
+  double disk_wait = 0;              // the pass waited for bytes from the drive
+  double copy_wait = 0;              // ... for the copy into device memory
+  double embed = 0, norm = 0, matmul = 0, rope = 0, attention = 0, activation = 0, lm_head = 0, sampling = 0, output = 0;
+  double residual() const {
+    return total - disk_wait - copy_wait - embed - norm - matmul - rope - attention - activation - lm_head - sampling - output;
+  }
+};
+
+struct Timings {
+  double open_seconds = 0;
+  double first_token_seconds = 0;    // from the first append to the first generated token
+  PassTimes prefill, decode;
+  std::vector<double> token_latencies;   // seconds per decoded token, in order; at most 65536 are kept
+  uint64_t disk_bytes = 0;           // read by this model so far, padding included, embedding rows included
+  uint64_t disk_bytes_per_pass = 0;  // padded disk-tier planes
+  uint64_t embedding_bytes = 0;      // of disk_bytes
+  uint64_t retries = 0;
+  double predicted_pass_seconds = 0; // the planner's, for a decode pass; 0: not measured
+};
+
+struct ModelInfo {
+  std::string name, architecture, source, uuid, path, backend, device, io;
+  uint32_t layers = 0, hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocab = 0;
+  uint32_t max_context = 0;          // what the model was trained for
+  uint32_t context = 0;              // of this opening
+  uint32_t max_rows = 0, max_logit_rows = 0;
+  uint64_t file_bytes = 0, weight_bytes = 0;
+  uint64_t device_weight_bytes = 0, host_weight_bytes = 0, disk_weight_bytes = 0;
+  uint64_t ring_bytes = 0, kv_bytes = 0, scratch_bytes = 0, staging_bytes = 0;
+  bool has_tokenizer = false, has_chat_template = false;
+};
+
+struct ChatMessage {
+  std::string role;                  // "system", "user", "assistant"
+  std::string content;
+};
+
+class Session;
+
+// Weights in their tiers. Const members may be called from any thread; sessions of one model take turns inside. A Model
+// must outlive its sessions.
+class SLUICE_API Model {
+ public:
+  // Opens a container and places its weights. Errors: those of the file (not_found, io, corrupt, unsupported), `budget`
+  // with the smallest budget that would do, out_of_memory.
+  static Result<Model> open(const std::string& path, ModelOptions options = {});
+  Model(Model&&) noexcept;
+  Model& operator=(Model&&) noexcept;
+  ~Model();
+
+  const ModelInfo& info() const;
+  Result<Session> new_session() const;       // error: budget, when options.sessions exist already
+
+  // Empty if the model has no tokenizer. `special`: special tokens in the text are recognised. `bos`: begin-of-text is
+  // added where the model asks for it.
+  std::vector<int32_t> tokenize(std::string_view text, bool special = true, bool bos = true) const;
+  std::string detokenize(std::span<const int32_t> tokens) const;
+  // The conversation through the model's own template. Error: unsupported (none, or one beyond the subset).
+  Result<std::string> render_chat(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
+  Sampling default_sampling() const;         // of the generation config, negative where it says nothing
+
+ private:
+  friend class Session;
+  struct State;
+  explicit Model(std::shared_ptr<State> state);
+  std::shared_ptr<State> state_;
+};
+
+// One sequence: KV cache, position, sampler. One thread at a time.
+class SLUICE_API Session {
+ public:
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+  ~Session();
+
+  // Tokens of the sequence so far; the last may not have been through the model yet.
+  std::span<const int32_t> tokens() const;
+  // Puts tokens behind the sequence; the model sees them at the next generate, score or flush.
+  // Error: budget (the context is full), usage (an id outside the vocabulary). Nothing is appended then.
+  Status append(std::span<const int32_t> tokens);
+  // Runs everything appended through the model, so that the next generate starts at once.
+  Status flush();
+  // Generates until a stop. The callback sees every token and returns false to stop ("cancelled"). cancel() may be called
+  // from any thread or a signal handler meanwhile.
+  Result<StopReason> generate(const GenerateOptions& options, const std::function<bool(const Token&)>& on_token);
+  void cancel() noexcept;
+  // Runs everything appended and returns the logits of every position run by this call: `on_logits(position, logits)`,
+  // logits FP32 [vocab], valid during the call.
+  Status score(const std::function<void(uint32_t position, std::span<const float> logits)>& on_logits);
+
+  Status truncate(uint32_t length);          // forgets tokens length.. ; error: usage, if longer than the sequence
+  Result<Session> fork() const;              // a second session with the same past; error: budget
+  Status save(const std::string& path) const;   // tokens and KV cache, bound to this model's uuid
+  Status restore(const std::string& path);   // replaces the sequence; errors: not_found, io, corrupt, usage (other model)
+
+  const Timings& timings() const;
+
+ private:
+  friend class Model;
+  struct State;
+  explicit Session(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+// ---- Files -----------------------------------------------------------------------------------------------------
+
+enum class WeightFormat { keep, f16, int8, int4 };
+
+struct ImportOptions {
+  std::string source;                // *.gguf, or a Hugging Face folder
+  std::string output;
+  WeightFormat weights = WeightFormat::int4;
+  uint32_t group = 128;              // 32, 64, 128
+  std::optional<WeightFormat> embeddings, lm_head;
+  LogHook log;
+  std::function<void(uint64_t done, uint64_t total, uint64_t bytes, const std::string& name)> progress;
+};
+struct ImportReport {
+  uint64_t tensors = 0, bytes = 0, requantized = 0;
+  double seconds = 0;
+};
+SLUICE_API Result<ImportReport> import_model(const ImportOptions& options);
+
+struct SynthOptions {
+  std::string model_toml;            // configs/models/NAME.toml
+  std::string output;
+  std::optional<uint32_t> layers;
+  WeightFormat weights = WeightFormat::int4;
+  uint32_t group = 128;
+  uint64_t seed = 1;
+  std::function<void(uint64_t done_bytes, uint64_t total_bytes)> progress;
+};
+SLUICE_API Result<ImportReport> synth_model(const SynthOptions& options);
+
+// What `sluice inspect` shows: a JSON object with hyperparameters, tokenizer, tensors with planes.
+SLUICE_API Result<std::string> inspect_json(const std::string& path);
+// Reads the whole file and compares every checksum. Error: corrupt, naming tensor and offset.
+SLUICE_API Status verify_file(const std::string& path, const std::function<void(uint64_t done, uint64_t total)>& progress = {});
+
+// Encodes with the tokenizer of a container or of a tokenizer.json. Thread-safe when const.
+class SLUICE_API TextCodec {
+ public:
+  static Result<TextCodec> open(const std::string& container_or_tokenizer_json);
+  TextCodec(TextCodec&&) noexcept;
+  TextCodec& operator=(TextCodec&&) noexcept;
+  ~TextCodec();
+  std::vector<int32_t> encode(std::string_view text, bool special = true, bool bos = false) const;
+  std::string decode(std::span<const int32_t> tokens) const;
+
+ private:
+  struct State;
+  explicit TextCodec(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+// ---- The machine -----------------------------------------------------------------------------------------------
+
+// Bytes per second; 0: unknown.
+struct Bandwidths {
+  double disk = 0, bus = 0, cpu_memory = 0, device_memory = 0;
+};
+// `path`: a file to read from (O_DIRECT), at most `bytes` of it.
+SLUICE_API Result<double> measure_disk(const std::string& path, uint64_t bytes, Io io = Io::automatic);
+SLUICE_API double measure_memory_copy();
+SLUICE_API double measure_memory_read(uint32_t threads);
+
+struct PlanReport {
+  uint64_t device_bytes = 0, host_bytes = 0;        // budgets used
+  uint64_t resident_bytes = 0, host_tier_bytes = 0, disk_tier_bytes = 0;
+  uint64_t ring_bytes = 0, kv_bytes = 0, scratch_bytes = 0;
+  uint32_t context = 0, max_rows = 0;
+  uint64_t smallest_device_bytes = 0;               // budget that would still do
+  double pass_seconds = 0, tokens_per_second = 0;   // predicted; 0 where a bandwidth is unknown
+  std::string bound;                                // "disk", "bus", "device memory"
+  struct Tier { std::string tensor; std::string tier; uint64_t bytes = 0; };
+  std::vector<Tier> tensors;
+};
+SLUICE_API Result<PlanReport> plan_model(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths);
+
+// One finding of `sluice doctor`.
+struct Finding {
+  std::string name;                  // "io_uring"
+  bool ok = false;
+  std::string value;                 // "available, kernel 6.18"
+  std::string remedy;                // empty if ok
+};
+// `folder`: where disk bandwidth and O_DIRECT are tried (a temporary file of 256 MiB, removed).
+SLUICE_API std::vector<Finding> examine_machine(const std::string& folder);
+
+// Installs the process-wide SIGBUS handler that keeps --io=mmap alive when a file shrinks. For programs that want it.
+SLUICE_API bool install_sigbus_handler();
+
+SLUICE_API const char* version();
+
+}  // namespace sluice
