@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plan/planner.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <set>
+
+#include "base/check.hpp"
+#include "base/units.hpp"
+
+namespace sluice::plan {
+
+namespace {
+
+using storage::Manifest;
+using storage::Role;
+using storage::Tensor;
+
+// A ring of four of the largest streamed tensor lets the copy engine run ahead while one is in use and one is landing;
+// more of it only takes room from resident weights.
+constexpr uint64_t kRingTensors = 4;
+constexpr uint64_t kMinRingBytes = 4 * kMiB;
+
+// Chooses items, in order, so that about `budget` bytes are taken and the taken ones are spread evenly: each item earns
+// credit in proportion to its size, and is taken when the credit covers it. Never exceeds `budget`.
+template <class Size, class Take>
+uint64_t take_evenly(const std::vector<uint32_t>& items, uint64_t budget, Size size, Take take) {
+  uint64_t total = 0;
+  for (const uint32_t item : items) total += size(item);
+  if (total == 0) return 0;
+
+  const double share = std::min(1.0, static_cast<double>(budget) / static_cast<double>(total));
+  double credit = 0;
+  uint64_t taken = 0;
+  std::vector<uint32_t> left;
+  for (const uint32_t item : items) {
+    credit += share * static_cast<double>(size(item));
+    // Half an item of credit is enough: rounding to nearest keeps the spread even and the sum close to the budget.
+    if (credit >= 0.5 * static_cast<double>(size(item)) && taken + size(item) <= budget) {
+      credit -= static_cast<double>(size(item));
+      taken += size(item);
+      take(item);
+    } else {
+      left.push_back(item);
+    }
+  }
+  for (const uint32_t item : left) {  // what rounding left over
+    if (taken + size(item) > budget) continue;
+    taken += size(item);
+    take(item);
+  }
+  return taken;
+}
+
+struct Placement {
+  std::vector<bool> resident;   // by tensor
+  uint64_t resident_bytes = 0;  // of matrices
+  uint64_t ring_bytes = 0;
+};
+
+// Pins every matrix larger than `largest_streamed`, gives the ring what the rest needs, and fills the remaining room.
+// False: does not fit.
+bool place(const Manifest& manifest, const std::vector<uint32_t>& matrices, uint64_t room, uint64_t largest_streamed,
+           Placement& out) {
+  const auto size = [&](uint32_t i) { return manifest.tensors[i].padded_bytes(); };
+  out = {};
+  out.resident.assign(manifest.tensors.size(), false);
+
+  std::vector<uint32_t> rest;
+  uint64_t pinned = 0;
+  for (const uint32_t i : matrices) {
+    if (size(i) > largest_streamed) {
+      pinned += size(i);
+      out.resident[i] = true;
+    } else {
+      rest.push_back(i);
+    }
+  }
+  if (pinned + largest_streamed > room) return false;
+
+  const uint64_t wanted_ring = std::max(kMinRingBytes, kRingTensors * largest_streamed);
+  // A small room is shared: half of what is left above one tensor goes to the ring, until the ring has what it wants.
+  out.ring_bytes = rest.empty() ? 0 : std::min(wanted_ring, largest_streamed + (room - pinned - largest_streamed) / 2);
+  out.ring_bytes = align_down(out.ring_bytes, storage::kPlaneAlignment);
+  out.resident_bytes = pinned + take_evenly(rest, room - pinned - out.ring_bytes, size,
+                                            [&](uint32_t i) { out.resident[i] = true; });
+  return true;
+}
+
+// Gives each streamed tensor its place and finds, for each, the nearest earlier one that it overwrites.
+void schedule_ring(std::vector<StreamItem>& stream, uint64_t ring_bytes) {
+  uint64_t at = 0;
+  for (StreamItem& item : stream) {
+    SLUICE_CHECK(item.bytes <= ring_bytes);
+    if (at + item.bytes > ring_bytes) at = 0;  // none straddles the wrap
+    item.ring_offset = at;
+    at += item.bytes;
+  }
+  const size_t n = stream.size();
+  for (size_t i = 0; i < n; ++i) {
+    for (size_t back = 1; back <= n; ++back) {
+      const StreamItem& earlier = stream[(i + n - back) % n];
+      if (stream[i].ring_offset < earlier.ring_offset + earlier.bytes &&
+          earlier.ring_offset < stream[i].ring_offset + stream[i].bytes) {
+        stream[i].distance = static_cast<uint32_t>(back);
+        break;
+      }
+    }
+  }
+}
+
+void predict(Plan& plan, const Inputs& inputs) {
+  const auto stage = [&](double bytes, double bandwidth, const char* name) {
+    if (bandwidth <= 0 || bytes / bandwidth <= plan.pass_seconds) return;
+    plan.pass_seconds = bytes / bandwidth;
+    plan.bound = name;
+  };
+  const auto streamed = static_cast<double>(plan.host_bytes + plan.disk_bytes);
+  stage(static_cast<double>(plan.disk_bytes), inputs.bandwidths.disk, "disk");
+  stage(streamed, inputs.bandwidths.bus, "bus");
+  stage(static_cast<double>(plan.resident_bytes) + streamed, inputs.bandwidths.device_memory, "device memory");
+  if (inputs.compute_seconds > plan.pass_seconds) {
+    plan.pass_seconds = inputs.compute_seconds;
+    plan.bound = "compute";
+  }
+}
+
+uint32_t choose_rows(const Inputs& inputs) {
+  if (inputs.max_rows != 0) return inputs.max_rows;
+  uint32_t rows = 512;
+  while (rows > 1 && inputs.fixed_need(rows).scratch_bytes > inputs.device_budget_bytes / 8) rows /= 2;
+  return rows;
+}
+
+}  // namespace
+
+Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
+  Plan plan;
+  plan.tiers.assign(manifest.tensors.size(), Tier::disk);
+
+  // Sort tensors into rows, vectors and matrices.
+  std::vector<uint32_t> matrices;
+  std::set<uint64_t> sizes;
+  uint64_t vector_bytes = 0;
+  for (uint32_t i = 0; i < manifest.tensors.size(); ++i) {
+    const Tensor& tensor = manifest.tensors[i];
+    if (tensor.role == Role::token_embedding) {
+      plan.tiers[i] = Tier::rows;
+    } else if (tensor.is_vector()) {
+      plan.tiers[i] = Tier::device;
+      vector_bytes += tensor.padded_bytes();
+    } else {
+      matrices.push_back(i);
+      sizes.insert(tensor.padded_bytes());
+    }
+  }
+
+  // The smallest budget: one row a pass, and the best choice of which large matrices to pin.
+  const auto fixed_bytes = [&](uint32_t rows) {
+    const FixedNeed need = inputs.fixed_need(rows);
+    return need.kv_bytes + need.scratch_bytes + vector_bytes;
+  };
+  uint64_t least_weights = UINT64_MAX;
+  uint64_t matrix_bytes = 0;
+  for (const uint32_t i : matrices) matrix_bytes += manifest.tensors[i].padded_bytes();
+  for (const uint64_t largest : sizes) {
+    uint64_t pinned = 0;
+    for (const uint32_t i : matrices) {
+      if (manifest.tensors[i].padded_bytes() > largest) pinned += manifest.tensors[i].padded_bytes();
+    }
+    least_weights = std::min(least_weights, pinned + largest);
+  }
+  if (matrices.empty()) least_weights = 0;
+  const uint64_t smallest_fixed = fixed_bytes(inputs.max_rows != 0 ? inputs.max_rows : 1);
+  plan.smallest_device_bytes = smallest_fixed + least_weights;
+  if (inputs.device_budget_bytes < plan.smallest_device_bytes) {
+    return fail(ErrorCode::budget,
+                fmt::format("a device budget of {} is too small: KV cache and scratch take {}, the stream ring at least {}; "
+                            "give at least {} (--device-memory {}M) or a shorter --context",
+                            format_bytes(inputs.device_budget_bytes), format_bytes(smallest_fixed),
+                            format_bytes(least_weights), format_bytes(plan.smallest_device_bytes),
+                            ceil_div(plan.smallest_device_bytes, kMiB)));
+  }
+
+  plan.max_rows = choose_rows(inputs);
+  while (plan.max_rows > 1 && inputs.max_rows == 0 &&
+         fixed_bytes(plan.max_rows) + least_weights > inputs.device_budget_bytes) {
+    plan.max_rows /= 2;
+  }
+  const FixedNeed need = inputs.fixed_need(plan.max_rows);
+  plan.kv_bytes = need.kv_bytes;
+  plan.scratch_bytes = need.scratch_bytes;
+  const uint64_t room = inputs.device_budget_bytes - fixed_bytes(plan.max_rows);
+
+  // Everything fits, or the choice of pinned matrices that leaves the fewest bytes to stream.
+  Placement best;
+  if (matrix_bytes <= room) {
+    best.resident.assign(manifest.tensors.size(), true);
+    best.resident_bytes = matrix_bytes;
+  } else {
+    for (const uint64_t largest : sizes) {
+      Placement candidate;
+      if (!place(manifest, matrices, room, largest, candidate)) continue;
+      if (best.resident.empty() || candidate.resident_bytes > best.resident_bytes) best = std::move(candidate);
+    }
+    SLUICE_CHECK(!best.resident.empty());
+  }
+  plan.ring_bytes = best.ring_bytes;
+  plan.resident_bytes = vector_bytes + best.resident_bytes;
+
+  // The rest: as much as the host budget holds in RAM, evenly; what is left stays on disk.
+  std::vector<uint32_t> streamed;
+  for (const uint32_t i : matrices) {
+    if (best.resident[i]) plan.tiers[i] = Tier::device;
+    else streamed.push_back(i);
+  }
+  const auto size = [&](uint32_t i) { return manifest.tensors[i].padded_bytes(); };
+  plan.host_bytes =
+      take_evenly(streamed, inputs.host_budget_bytes, size, [&](uint32_t i) { plan.tiers[i] = Tier::host; });
+  for (const uint32_t i : streamed) {
+    if (plan.tiers[i] == Tier::disk) plan.disk_bytes += size(i);
+    plan.stream.push_back({.tensor = i, .tier = plan.tiers[i], .ring_offset = 0, .bytes = size(i), .distance = 0});
+  }
+  schedule_ring(plan.stream, plan.ring_bytes);
+  predict(plan, inputs);
+  return plan;
+}
+
+}  // namespace sluice::plan
