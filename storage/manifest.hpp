@@ -109,6 +109,10 @@ struct SplitStep {
   bool invert = false;
 };
 
+// How a SentencePiece tokenizer with add_prefix_space puts the space before text: before every stretch between special
+// tokens, before those that do not begin with one, or so before the first alone. Byte-level: always the second.
+enum class SpacePrefix : uint8_t { always = 0, if_missing = 1, first_if_missing = 2 };
+
 // A tokenizer as data: everything that encoding and decoding need.
 struct TokenizerSpec {
   TokenizerModel model = TokenizerModel::none;
@@ -132,6 +136,7 @@ struct TokenizerSpec {
   std::vector<int32_t> rstrip_ids;    // added tokens that swallow the white space after them
   std::vector<int32_t> lstrip_ids;    // ... before them
   std::string chat_template;          // Jinja; empty: none
+  SpacePrefix space_prefix = SpacePrefix::always;  // sentencepiece_bpe with add_prefix_space
 };
 
 // Defaults of sampling, from generation_config.json; a negative value was not given.

@@ -92,6 +92,7 @@ flatbuffers::Offset<fb::Tokenizer> encode(flatbuffers::FlatBufferBuilder& builde
   table.add_rstrip_ids(rstrip_ids);
   table.add_lstrip_ids(lstrip_ids);
   table.add_chat_template(chat_template);
+  table.add_space_prefix(static_cast<uint8_t>(tokenizer.space_prefix));
   return table.Finish();
 }
 
@@ -268,6 +269,8 @@ Status decode(Decoder& decoder, TokenizerSpec& out, const fb::Tokenizer& in) {
   out.ignore_merges = in.ignore_merges();
   out.byte_fallback = in.byte_fallback();
   out.add_prefix_space = in.add_prefix_space();
+  SLUICE_TRY(decoder.enumeration(out.space_prefix, in.space_prefix(), SpacePrefix::first_if_missing,
+                                 "tokenizer.space_prefix"));
   out.add_bos = in.add_bos();
   out.add_eos = in.add_eos();
   out.bos = in.bos();

@@ -94,9 +94,9 @@ void pause_1ms() {
   ::nanosleep(&pause, nullptr);
 }
 
-// Readahead off: we ask for all we need, in blocks larger than its own, and a reader of every second tensor would pay
-// for bytes that it never asked for.
-void prepare_buffered(int fd) { ::posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM); }
+// A cold 1 GiB in order, 512 KiB at depth 32, MB/s with the hint SEQUENTIAL, RANDOM (no readahead), none; medians of 9 on
+// a 2-core virtual machine: io_uring 2229, 1650, 1243; pread 2213, 1861, 1883.
+void prepare_buffered(int fd) { ::posix_fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL); }
 
 void log_no_direct(const LogHook& log, const std::string& path) {
   log_info(log, fmt::format("{}: its file system does not take O_DIRECT; reads are buffered", path));

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quant/layout.hpp"
 
-#include <xxhash.h>
-
+#include <algorithm>
 #include <cstring>
 
 #include "base/check.hpp"
 #include "base/units.hpp"
+#include "storage/checksum.hpp"
 
 namespace sluice::quant {
 namespace {
@@ -118,12 +118,11 @@ void add_row_sums(const storage::Tensor& tensor, Planes& planes) {
   if (tensor.role != Role::token_embedding) return;
   const uint64_t row_bytes = planes.values.size() / tensor.rows;
   const uint64_t scale_bytes = planes.scales.size() / tensor.rows;
-  std::vector<std::byte> row(row_bytes + scale_bytes);
   planes.row_sums.resize(uint64_t{tensor.rows} * sizeof(uint64_t));
   for (uint64_t r = 0; r < tensor.rows; ++r) {
-    std::memcpy(row.data(), planes.values.data() + r * row_bytes, row_bytes);
-    if (scale_bytes != 0) std::memcpy(row.data() + row_bytes, planes.scales.data() + r * scale_bytes, scale_bytes);
-    const uint64_t sum = XXH3_64bits(row.data(), row.size());
+    const auto values = std::span<const std::byte>(planes.values).subspan(r * row_bytes, row_bytes);
+    const auto scales = std::span<const std::byte>(planes.scales).subspan(r * scale_bytes, scale_bytes);
+    const uint64_t sum = storage::row_checksum(values, scales);
     std::memcpy(planes.row_sums.data() + r * sizeof sum, &sum, sizeof sum);
   }
 }

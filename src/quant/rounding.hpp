@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -23,6 +24,28 @@ struct Planes {
 // f16 and bf16 sources that overflow or underflow FP16 get a power-of-two scale_exponent.
 // Error: numeric (a NaN or infinity: row and column), unsupported (a range no exponent covers).
 Result<Planes> round_to_nearest(storage::Tensor& tensor, std::span<const float> weights);
+
+// What decides the scale_exponent of a tensor, gathered over its rows: a tensor that is encoded a slab at a time is
+// measured first, then every slab is encoded with the exponent of the whole.
+struct Extent {
+  float max_abs = 0;
+  float min_group_max = std::numeric_limits<float>::infinity();  // over groups that are not all zero
+  int32_t lowest_bit = std::numeric_limits<int32_t>::max();      // 2^this divides every value
+
+  void merge(const Extent& other);
+};
+
+// Measures rows of `tensor` (its scheme, cols and group_elems count; `weights` says how many rows). `first_row` is for
+// the message. Error: numeric.
+Result<Extent> measure(const storage::Tensor& tensor, uint32_t first_row, std::span<const float> weights);
+
+// 0 where FP16 holds everything as it is; else the exponent that moves the largest value (f16) or scale (int8, int4) up
+// to where FP16 has most room below it.
+int32_t choose_scale_exponent(const storage::Tensor& tensor, const Extent& extent);
+
+// Encodes `weights` as tensor.rows x tensor.cols with the exponent that is set. Finite weights only (a CHECK of none:
+// measure them first).
+Planes round_rows(const storage::Tensor& tensor, std::span<const float> weights);
 
 // The inverse: every weight as float, row-major. For tests, references and requantization.
 std::vector<float> dequantize(const storage::Tensor& tensor, std::span<const std::byte> values,

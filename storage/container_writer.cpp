@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: Apache-2.0
+// Writing at the disk's speed without filling the page cache: the kernel left alone lets dirty pages pile up to a share
+// of memory and then stalls the writer, and a 36 GB file would push everything else out. So writeback of every 32 MiB is
+// started as soon as it is full, and pages two steps back are waited for and dropped.
+#include "storage/container_writer.hpp"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <optional>
+
+#include "base/check.hpp"
+#include "base/handles.hpp"
+#include "base/units.hpp"
+#include "storage/checksum.hpp"
+#include "storage/container.hpp"
+#include "storage/container_header.hpp"
+#include "storage/manifest_check.hpp"
+#include "storage/manifest_codec.hpp"
+
+namespace sluice::storage {
+
+namespace {
+
+constexpr uint64_t kBufferBytes = 1 * kMiB;
+constexpr uint64_t kWritebackBytes = 32 * kMiB;
+
+std::string folder_of(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+// Opens and locks `temp`. A leftover of a process that died and had our id (always 1 in some containers) is taken over;
+// one that a live writer holds is not.
+Result<UniqueFd> create_temporary(const std::string& temp, const std::string& path) {
+  for (int attempt = 0; attempt < 16; ++attempt) {
+    UniqueFd fd(::open(temp.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644));
+    if (!fd) {
+      const int code = errno;
+      const std::string folder = folder_of(path);
+      if (code == ENOENT) {
+        return fail(ErrorCode::not_found, fmt::format("{}: cannot create it: there is no folder {}", path, folder), code);
+      }
+      return fail(ErrorCode::io, fmt::format("{}: cannot create {}: {}", path, temp, std::strerror(code)), code);
+    }
+    if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      return fail(ErrorCode::usage, fmt::format("{}: is being written already (by {})", path, temp), EWOULDBLOCK);
+    }
+    // The other writer may have renamed or removed the file between our open and our lock.
+    struct stat opened = {}, named = {};
+    if (::fstat(fd.get(), &opened) == 0 && ::lstat(temp.c_str(), &named) == 0 && opened.st_ino == named.st_ino &&
+        opened.st_dev == named.st_dev && ::ftruncate(fd.get(), 0) == 0) {
+      return fd;
+    }
+  }
+  return fail(ErrorCode::io, fmt::format("{}: cannot keep hold of {}", path, temp));
+}
+
+}  // namespace
+
+struct ContainerWriter::State {
+  std::string path;
+  std::string temp;
+  UniqueFd fd;
+  bool renamed = false;
+  std::optional<Error> failed;             // the first write error; every later call repeats it
+
+  std::vector<std::byte> buffer;           // bytes from `flushed` on that are not in the file yet
+  uint64_t flushed = kHeaderBytes;         // file offset behind the last byte handed to the kernel
+  uint64_t writeback_begun = kHeaderBytes; // pages before it were handed to the drive
+  uint64_t dropped = kHeaderBytes;         // pages before it are on the drive and out of the cache
+
+  std::vector<Tensor> tensors;
+  bool in_tensor = false;
+  bool in_plane = false;
+  StreamingChecksum block_sum;             // of the begun block
+  uint64_t block_fill = 0;
+
+  ~State() {
+    if (!renamed && fd) ::unlink(temp.c_str());
+  }
+
+  uint64_t position() const { return flushed + buffer.size(); }
+  Tensor& tensor() { return tensors.back(); }
+  Plane& plane() { return tensors.back().planes.back(); }
+
+  Status misuse(std::string_view what) const {
+    return fail(ErrorCode::internal, fmt::format("{}: container writer: {}", path, what));
+  }
+  Status ready() const {
+    if (failed) return fail(*failed);
+    if (renamed) return misuse("it is finished");
+    return {};
+  }
+
+  Status write_failed(int code) {
+    std::string reason = std::strerror(code);
+    if (code == ENOSPC || code == EDQUOT) {
+      reason = fmt::format("{} after {}, {} more are needed at least; free some space or choose another drive",
+                           code == EDQUOT ? "disk quota exceeded" : "no space left on the drive", format_bytes(position()),
+                           format_bytes(known_missing_bytes()));
+    } else if (code == EFBIG) {
+      reason = fmt::format("the file may not grow beyond {} here (ulimit -f, or a file system such as FAT32)",
+                           format_bytes(flushed));
+    }
+    failed = Error{ErrorCode::io, fmt::format("{}: write failed: {}", path, reason), code};
+    return fail(*failed);
+  }
+
+  // What is certain to come: what is not on the drive yet of the planes of the begun tensor, and of the manifest at
+  // least its checksums.
+  uint64_t known_missing_bytes() {
+    uint64_t bytes = buffer.size() + kPlaneAlignment;
+    if (!in_tensor) return bytes;
+    for (PlaneKind kind : {PlaneKind::values, PlaneKind::scales, PlaneKind::row_sums}) {
+      const Plane* begun = tensor().plane(kind);
+      bytes += expected_plane_bytes(tensor(), kind) - (begun != nullptr ? std::min(begun->bytes, expected_plane_bytes(tensor(), kind)) : 0);
+    }
+    return bytes;
+  }
+
+  Status write_at(std::span<const std::byte> data, uint64_t offset) {
+    while (!data.empty()) {
+      const ssize_t n = ::pwrite(fd.get(), data.data(), data.size(), static_cast<off_t>(offset));
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0) return write_failed(errno);
+      if (n == 0) return write_failed(ENOSPC);  // POSIX leaves it open; no progress means no room
+      data = data.subspan(static_cast<size_t>(n));
+      offset += static_cast<uint64_t>(n);
+    }
+    return {};
+  }
+
+  Status write_through(std::span<const std::byte> data) {
+    SLUICE_TRY(write_at(data, flushed));
+    flushed += data.size();
+    while (flushed - writeback_begun >= kWritebackBytes) {
+      SLUICE_TRY(sync_range(writeback_begun, SYNC_FILE_RANGE_WRITE));
+      writeback_begun += kWritebackBytes;
+      if (writeback_begun - dropped > 2 * kWritebackBytes) {
+        SLUICE_TRY(sync_range(dropped, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER));
+        ::posix_fadvise(fd.get(), static_cast<off_t>(dropped), static_cast<off_t>(kWritebackBytes), POSIX_FADV_DONTNEED);
+        dropped += kWritebackBytes;
+      }
+    }
+    return {};
+  }
+
+  // Only I/O errors count: they are reported once, here or by fsync. Where the call is refused, fsync does it all.
+  Status sync_range(uint64_t offset, unsigned flags) {
+    if (::sync_file_range(fd.get(), static_cast<off64_t>(offset), kWritebackBytes, flags) == 0) return {};
+    if (errno == EIO || errno == ENOSPC || errno == EDQUOT) return write_failed(errno);
+    return {};
+  }
+
+  Status flush() {
+    SLUICE_TRY(write_through(buffer));
+    buffer.clear();
+    return {};
+  }
+
+  // Large spans go straight to the kernel, small ones through the buffer.
+  Status put(std::span<const std::byte> data) {
+    if (buffer.size() + data.size() < kBufferBytes) {
+      buffer.insert(buffer.end(), data.begin(), data.end());
+      return {};
+    }
+    SLUICE_TRY(flush());
+    if (data.size() >= kBufferBytes / 4) return write_through(data);
+    buffer.insert(buffer.end(), data.begin(), data.end());
+    return {};
+  }
+
+  Status put_padding() {
+    static constexpr std::byte kZeros[kPlaneAlignment] = {};
+    return put(std::span(kZeros).first(align_up(position(), kPlaneAlignment) - position()));
+  }
+
+  void hash(std::span<const std::byte> data) {
+    while (!data.empty()) {
+      if (block_fill == 0 && data.size() >= kBlockBytes) {  // a whole block at once: no copy into the hash's state
+        plane().block_sums.push_back(checksum(data.first(kBlockBytes)));
+        data = data.subspan(kBlockBytes);
+        continue;
+      }
+      const auto part = data.first(std::min<uint64_t>(data.size(), kBlockBytes - block_fill));
+      block_sum.update(part);
+      block_fill += part.size();
+      data = data.subspan(part.size());
+      if (block_fill == kBlockBytes) end_block();
+    }
+  }
+
+  void end_block() {
+    plane().block_sums.push_back(block_sum.finish());
+    block_fill = 0;
+  }
+
+  Status sync_and_rename() {
+    if (::fsync(fd.get()) != 0) return write_failed(errno);
+    if (::rename(temp.c_str(), path.c_str()) != 0) {
+      const int code = errno;
+      return fail(ErrorCode::io, fmt::format("{}: cannot rename {} to it: {}", path, temp, std::strerror(code)), code);
+    }
+    renamed = true;
+    const std::string folder = folder_of(path);
+    SLUICE_TRY_ASSIGN(folder_fd, open_file(folder, O_RDONLY | O_DIRECTORY));
+    // Some network file systems do not sync folders; EINVAL says so. The file itself is safe.
+    if (::fsync(folder_fd.get()) != 0 && errno != EINVAL && errno != ENOTSUP && errno != EROFS) {
+      const int code = errno;
+      return fail(ErrorCode::io, fmt::format("{}: cannot sync its folder: {}", path, std::strerror(code)), code);
+    }
+    return {};
+  }
+};
+
+ContainerWriter::ContainerWriter(std::unique_ptr<State> state) : state_(std::move(state)) {}
+ContainerWriter::ContainerWriter(ContainerWriter&&) noexcept = default;
+ContainerWriter& ContainerWriter::operator=(ContainerWriter&&) noexcept = default;
+ContainerWriter::~ContainerWriter() = default;
+
+Result<ContainerWriter> ContainerWriter::create(const std::string& path) {
+  // Renaming over a device node or a folder is nobody's wish.
+  struct stat target = {};
+  if (::stat(path.c_str(), &target) == 0 && !S_ISREG(target.st_mode)) {
+    return fail(ErrorCode::usage, fmt::format("{}: exists and is not a regular file; give the name of a file", path));
+  }
+  auto state = std::make_unique<State>();
+  state->path = path;
+  state->temp = fmt::format("{}.tmp-{}", path, ::getpid());
+  SLUICE_TRY_ASSIGN(fd, create_temporary(state->temp, path));
+  state->fd = std::move(fd);
+  state->buffer.reserve(kBufferBytes);
+  return ContainerWriter(std::move(state));
+}
+
+Status ContainerWriter::begin_tensor(const Tensor& tensor) {
+  SLUICE_TRY(state_->ready());
+  if (state_->in_tensor) return state_->misuse("begin_tensor inside a tensor");
+  state_->tensors.push_back(tensor);
+  state_->tensor().planes.clear();
+  state_->in_tensor = true;
+  return {};
+}
+
+Status ContainerWriter::begin_plane(PlaneKind kind) {
+  SLUICE_TRY(state_->ready());
+  if (!state_->in_tensor || state_->in_plane) return state_->misuse("begin_plane outside a tensor or inside a plane");
+  Plane plane;
+  plane.kind = kind;
+  plane.offset = state_->position();
+  state_->tensor().planes.push_back(std::move(plane));
+  state_->in_plane = true;
+  return {};
+}
+
+Status ContainerWriter::append(std::span<const std::byte> data) {
+  SLUICE_TRY(state_->ready());
+  if (!state_->in_plane) return state_->misuse("append outside a plane");
+  state_->hash(data);
+  state_->plane().bytes += data.size();
+  return state_->put(data);
+}
+
+Status ContainerWriter::end_plane() {
+  SLUICE_TRY(state_->ready());
+  if (!state_->in_plane) return state_->misuse("end_plane outside a plane");
+  const Tensor& tensor = state_->tensor();
+  const Plane& plane = state_->plane();
+  const bool free_size = plane.kind == PlaneKind::perm || plane.kind == PlaneKind::residual ||
+                         plane.kind == PlaneKind::residual_scales;
+  if (!free_size && plane.bytes != expected_plane_bytes(tensor, plane.kind)) {
+    return state_->misuse(fmt::format("plane {} of tensor '{}' got {} bytes, its shape needs {}", name_of(plane.kind),
+                                      tensor.name, plane.bytes, expected_plane_bytes(tensor, plane.kind)));
+  }
+  if (state_->block_fill != 0) state_->end_block();
+  state_->in_plane = false;
+  return state_->put_padding();
+}
+
+Status ContainerWriter::end_tensor() {
+  SLUICE_TRY(state_->ready());
+  if (!state_->in_tensor || state_->in_plane) return state_->misuse("end_tensor outside a tensor or inside a plane");
+  state_->in_tensor = false;
+  return {};
+}
+
+Status ContainerWriter::write_plane(PlaneKind kind, std::span<const std::byte> data) {
+  SLUICE_TRY(begin_plane(kind));
+  SLUICE_TRY(append(data));
+  return end_plane();
+}
+
+uint64_t ContainerWriter::bytes_written() const { return state_->position(); }
+
+Status ContainerWriter::finish(Manifest manifest) {
+  SLUICE_TRY(state_->ready());
+  if (state_->in_tensor) return state_->misuse("finish inside a tensor");
+  manifest.tensors = std::move(state_->tensors);
+  state_->tensors.clear();
+
+  // What this would write must open again: an importer that let a nonsensical checkpoint through is stopped here.
+  ContainerHeader header;
+  header.manifest_offset = state_->position();
+  SLUICE_TRY(check_manifest(manifest, header.manifest_offset, state_->path));
+  SLUICE_TRY_ASSIGN(encoded, encode_manifest(manifest, state_->path));
+  SLUICE_TRY(decode_manifest(encoded, state_->path));
+  header.manifest_bytes = encoded.size();
+  header.manifest_sum = checksum(encoded);
+  SLUICE_TRY(state_->put(encoded));
+  SLUICE_TRY(state_->put_padding());
+  SLUICE_TRY(state_->flush());
+  header.file_bytes = state_->flushed;
+  header.uuid = random_uuid();
+  SLUICE_TRY(state_->write_at(encode_header(header), 0));
+  return state_->sync_and_rename();
+}
+
+}  // namespace sluice::storage

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "exec/prefetcher.hpp"
+
+#include <cstring>
+#include <random>
+
+#include "base/handles.hpp"
+#include "catch.hpp"
+#include "tiny_container.hpp"
+
+namespace {
+
+using namespace sluice;
+using namespace sluice::exec;
+using backend::DeviceAddress;
+
+// Device memory in RAM; copies happen in the call; nothing computes.
+class MemoryBackend : public backend::Backend {
+ public:
+  const char* name() const override { return "memory"; }
+  std::string device_name() const override { return "test"; }
+  bool computes_in_host_memory() const override { return true; }
+  uint64_t preferred_copy_bytes() const override { return 1; }
+  backend::MemoryNeed memory_need(const backend::Shape&) const override { return {}; }
+  Status prepare(const backend::Shape&) override { return {}; }
+  Result<DeviceAddress> allocate(uint64_t bytes, const std::string&) override {
+    memory.emplace_back(bytes, std::byte{0xa5});
+    return DeviceAddress{static_cast<uint32_t>(memory.size() - 1), 0};
+  }
+  Status register_host(std::span<std::byte>) override { return {}; }
+  Result<DeviceAddress> import_host(std::span<const std::byte>) override { return DeviceAddress{}; }
+  Status copy_to_device(DeviceAddress dest, std::span<const std::byte> source) override {
+    REQUIRE(dest.offset + source.size() <= memory[dest.buffer].size());
+    std::memcpy(memory[dest.buffer].data() + dest.offset, source.data(), source.size());
+    return {};
+  }
+  Result<backend::EventId> create_event() override { return events++; }
+  void record_copy(backend::EventId) override {}
+  void record_compute(backend::EventId) override {}
+  void compute_waits(backend::EventId) override {}
+  void copy_waits(backend::EventId) override {}
+  Status host_wait(backend::EventId) override { return {}; }
+  bool done(backend::EventId) override { return true; }
+  Status begin_pass(std::span<const backend::Row>, std::span<const float>) override { return {}; }
+  Status run(const backend::Op&) override { return {}; }
+  Status finish_pass(std::span<float>) override { return {}; }
+  uint64_t kv_bytes(uint32_t) const override { return 0; }
+  Status copy_kv(uint32_t, uint32_t, uint32_t) override { return {}; }
+  Status save_kv(uint32_t, uint32_t, std::span<std::byte>) override { return {}; }
+  Status load_kv(uint32_t, uint32_t, std::span<const std::byte>) override { return {}; }
+
+  std::vector<std::vector<std::byte>> memory;
+  uint32_t events = 0;
+};
+
+// A container whose matrices take several checksum blocks, on a real file system.
+struct Model {
+  Model() {
+    test::TinyOptions options;
+    options.hyper.layers = 3;
+    options.hyper.hidden = 768;
+    options.hyper.heads = 12;
+    options.hyper.kv_heads = 4;
+    options.hyper.head_dim = 64;
+    options.hyper.ffn = 3072;
+    options.hyper.vocab = 512;
+    options.hyper.max_context = 128;
+    path = folder.file("tiny.sluice");
+    const auto written = test::write_tiny_container(path, options);
+    REQUIRE(written);
+  }
+  test::TempFolder folder;
+  std::string path;
+};
+
+plan::Plan plan_of(const storage::Container& container, uint64_t device, uint64_t host) {
+  plan::Inputs inputs;
+  inputs.device_budget_bytes = device;
+  inputs.host_budget_bytes = host;
+  inputs.fixed_need = [](uint32_t) { return plan::FixedNeed{}; };
+  auto plan = plan::make_plan(container.manifest(), inputs);
+  REQUIRE(plan);
+  return std::move(*plan);
+}
+
+// Streams `passes` passes and compares every item, when it is acquired, with the file.
+Status stream(const storage::Container& container, const plan::Plan& plan, const storage::FaultPlan* faults, int passes,
+              uint64_t* bytes_read) {
+  MemoryBackend backend;
+  auto ring = backend.allocate(plan.ring_bytes, "ring");
+  REQUIRE(ring);
+  auto staging = Mapping::anonymous(8 * storage::kBlockBytes, "staging");
+  REQUIRE(staging);
+
+  std::vector<std::vector<std::byte>> contents;
+  for (const plan::StreamItem& item : plan.stream) {
+    contents.emplace_back(item.bytes);
+    REQUIRE(read_exactly(container.fd(), contents.back(), container.manifest().tensors[item.tensor].offset(), "file"));
+  }
+  Prefetcher::Options options{.ring = *ring, .host_weights = {}, .staging = staging->bytes()};
+  for (size_t i = 0; i < plan.stream.size(); ++i) {
+    options.host_weights.emplace_back();
+    if (plan.stream[i].tier == plan::Tier::host) options.host_weights.back() = contents[i];
+  }
+  auto queue = storage::ReadQueue::open(container.path(), {.depth = 8, .direct = true, .faults = faults, .log = {}});
+  REQUIRE(queue);
+  auto prefetcher = Prefetcher::start(container, plan, backend, std::move(*queue), std::move(options));
+  REQUIRE(prefetcher);
+
+  AcquireTimes times;
+  for (int pass = 0; pass < passes; ++pass) {
+    for (uint32_t i = 0; i < plan.stream.size(); ++i) {
+      SLUICE_TRY((*prefetcher)->acquire(i, times));
+      const plan::StreamItem& item = plan.stream[i];
+      REQUIRE(std::memcmp(backend.memory[ring->buffer].data() + item.ring_offset, contents[i].data(), item.bytes) == 0);
+      (*prefetcher)->release(i);
+    }
+  }
+  if (bytes_read != nullptr) *bytes_read = (*prefetcher)->bytes_read();
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("reads of a tensor cover its planes once and never exceed a checksum block") {
+  const Model model;
+  auto container = storage::Container::open(model.path);
+  REQUIRE(container);
+  for (const storage::Tensor& tensor : container->manifest().tensors) {
+    uint64_t at = tensor.offset();
+    for (const BlockRead& read : reads_of(tensor)) {
+      CHECK(read.offset == at);
+      CHECK(read.bytes <= storage::kBlockBytes);
+      CHECK(read.tensor_offset == read.offset - tensor.offset());
+      at += read.bytes;
+    }
+    CHECK(at == tensor.offset() + tensor.padded_bytes());
+  }
+}
+
+TEST_CASE("prefetcher brings every item of every pass, in every mix of tiers") {
+  const Model model;
+  auto container = storage::Container::open(model.path);
+  REQUIRE(container);
+  const uint64_t total = container->file_bytes();
+  for (const auto& [device, host] : {std::pair{total / 3, uint64_t{0}}, {total / 3, total / 3}, {total / 3, total},
+                                     {total / 2, uint64_t{0}}}) {
+    CAPTURE(device, host);
+    const plan::Plan plan = plan_of(*container, device, host);
+    REQUIRE_FALSE(plan.stream.empty());
+    uint64_t bytes_read = 0;
+    constexpr int kPasses = 25;
+    REQUIRE(stream(*container, plan, nullptr, kPasses, &bytes_read));
+    // Exactly the disk tier per pass, and no more ahead than the staging slots and the ring hold.
+    CHECK(bytes_read >= kPasses * plan.disk_bytes);
+    CHECK(bytes_read <= kPasses * plan.disk_bytes + plan.ring_bytes + 8 * storage::kBlockBytes);
+  }
+}
+
+TEST_CASE("prefetcher delivers the same bytes under short, late and interrupted reads") {
+  const Model model;
+  auto container = storage::Container::open(model.path);
+  REQUIRE(container);
+  const plan::Plan plan = plan_of(*container, container->file_bytes() / 3, 0);
+  for (uint64_t seed = 1; seed <= 5; ++seed) {
+    CAPTURE(seed);
+    const storage::FaultPlan faults{
+        .seed = seed, .short_read = 0.2, .eintr = 0.1, .eagain = 0.1, .delay = 0.2, .delay_us = 200};
+    REQUIRE(stream(*container, plan, &faults, 4, nullptr));
+  }
+}
+
+TEST_CASE("prefetcher hands up a failed drive and a flipped bit as typed errors") {
+  const Model model;
+  auto container = storage::Container::open(model.path);
+  REQUIRE(container);
+  const plan::Plan plan = plan_of(*container, container->file_bytes() / 3, 0);
+
+  const storage::FaultPlan broken{.seed = 3, .eio = 0.05};
+  const Status io = stream(*container, plan, &broken, 50, nullptr);
+  REQUIRE_FALSE(io);
+  CHECK(io.error().code == ErrorCode::io);
+
+  const storage::FaultPlan flipped{.seed = 4, .bit_flip = 0.05};
+  const Status corrupt = stream(*container, plan, &flipped, 50, nullptr);
+  REQUIRE_FALSE(corrupt);
+  CHECK(corrupt.error().code == ErrorCode::corrupt);
+}
