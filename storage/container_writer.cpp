@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writing at the disk's speed without filling the page cache: the kernel left alone lets dirty pages pile up to a share
-// of memory and then stalls the writer, and a 36 GB file would push everything else out. So writeback of every 32 MiB is
-// started as soon as it is full, and pages two steps back are waited for and dropped.
+// Writing at the disk's speed without filling the page cache: O_DIRECT, 8 MiB at a time. (On a virtual machine's drive
+// that wrote 1.1-1.7 GB/s of noise; through the page cache it was 0.2-0.6 GB/s.) Where O_DIRECT is refused, the kernel
+// left alone would let dirty pages pile up to a share of memory and then stall the writer, and a 36 GB file would push
+// everything else out: there, writeback of every 32 MiB is started as soon as it is full, and pages two steps back are
+// waited for and dropped.
 #include "storage/container_writer.hpp"
 
 #include <fcntl.h>
@@ -28,7 +30,7 @@ namespace sluice::storage {
 
 namespace {
 
-constexpr uint64_t kBufferBytes = 1 * kMiB;
+constexpr uint64_t kBufferBytes = 8 * kMiB;
 constexpr uint64_t kWritebackBytes = 32 * kMiB;
 
 std::string folder_of(const std::string& path) {
@@ -46,7 +48,8 @@ Result<UniqueFd> create_temporary(const std::string& temp, const std::string& pa
       const int code = errno;
       const std::string folder = folder_of(path);
       if (code == ENOENT) {
-        return fail(ErrorCode::not_found, fmt::format("{}: cannot create it: there is no folder {}", path, folder), code);
+        return fail(ErrorCode::not_found, fmt::format("{}: cannot create it: there is no folder {}", path, folder),
+                    code);
       }
       return fail(ErrorCode::io, fmt::format("{}: cannot create {}: {}", path, temp, std::strerror(code)), code);
     }
@@ -72,7 +75,9 @@ struct ContainerWriter::State {
   bool renamed = false;
   std::optional<Error> failed;             // the first write error; every later call repeats it
 
-  std::vector<std::byte> buffer;           // bytes from `flushed` on that are not in the file yet
+  bool direct = false;                     // writes bypass the page cache
+  Mapping buffer;                          // page-aligned, as O_DIRECT asks
+  uint64_t buffered = 0;                   // bytes of it, from `flushed` on, that are not in the file yet
   uint64_t flushed = kHeaderBytes;         // file offset behind the last byte handed to the kernel
   uint64_t writeback_begun = kHeaderBytes; // pages before it were handed to the drive
   uint64_t dropped = kHeaderBytes;         // pages before it are on the drive and out of the cache
@@ -87,7 +92,7 @@ struct ContainerWriter::State {
     if (!renamed && fd) ::unlink(temp.c_str());
   }
 
-  uint64_t position() const { return flushed + buffer.size(); }
+  uint64_t position() const { return flushed + buffered; }
   Tensor& tensor() { return tensors.back(); }
   Plane& plane() { return tensors.back().planes.back(); }
 
@@ -104,8 +109,8 @@ struct ContainerWriter::State {
     std::string reason = std::strerror(code);
     if (code == ENOSPC || code == EDQUOT) {
       reason = fmt::format("{} after {}, {} more are needed at least; free some space or choose another drive",
-                           code == EDQUOT ? "disk quota exceeded" : "no space left on the drive", format_bytes(position()),
-                           format_bytes(known_missing_bytes()));
+                           code == EDQUOT ? "disk quota exceeded" : "no space left on the drive",
+                           format_bytes(position()), format_bytes(known_missing_bytes()));
     } else if (code == EFBIG) {
       reason = fmt::format("the file may not grow beyond {} here (ulimit -f, or a file system such as FAT32)",
                            format_bytes(flushed));
@@ -117,19 +122,31 @@ struct ContainerWriter::State {
   // What is certain to come: what is not on the drive yet of the planes of the begun tensor, and of the manifest at
   // least its checksums.
   uint64_t known_missing_bytes() {
-    uint64_t bytes = buffer.size() + kPlaneAlignment;
+    uint64_t bytes = buffered + kPlaneAlignment;
     if (!in_tensor) return bytes;
     for (PlaneKind kind : {PlaneKind::values, PlaneKind::scales, PlaneKind::row_sums}) {
       const Plane* begun = tensor().plane(kind);
-      bytes += expected_plane_bytes(tensor(), kind) - (begun != nullptr ? std::min(begun->bytes, expected_plane_bytes(tensor(), kind)) : 0);
+      const uint64_t expected = expected_plane_bytes(tensor(), kind);
+      bytes += expected - (begun != nullptr ? std::min(begun->bytes, expected) : 0);
     }
     return bytes;
   }
 
+  void set_direct(bool on) {
+    const int flags = ::fcntl(fd.get(), F_GETFL);
+    direct = flags >= 0 && ::fcntl(fd.get(), F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0 && on;
+  }
+
+  // With O_DIRECT, memory, offset and size are multiples of 4096.
   Status write_at(std::span<const std::byte> data, uint64_t offset) {
     while (!data.empty()) {
       const ssize_t n = ::pwrite(fd.get(), data.data(), data.size(), static_cast<off_t>(offset));
       if (n < 0 && errno == EINTR) continue;
+      if (n < 0 && errno == EINVAL && direct) {
+        // Refused only now, or a file size limit would cut the write where O_DIRECT cannot: the page cache can.
+        set_direct(false);
+        continue;
+      }
       if (n < 0) return write_failed(errno);
       if (n == 0) return write_failed(ENOSPC);  // POSIX leaves it open; no progress means no room
       data = data.subspan(static_cast<size_t>(n));
@@ -138,15 +155,19 @@ struct ContainerWriter::State {
     return {};
   }
 
-  Status write_through(std::span<const std::byte> data) {
-    SLUICE_TRY(write_at(data, flushed));
-    flushed += data.size();
-    while (flushed - writeback_begun >= kWritebackBytes) {
+  // Empties the buffer; it is full, or the file ends with it.
+  Status flush() {
+    SLUICE_TRY(write_at(buffer.bytes().first(buffered), flushed));
+    flushed += buffered;
+    buffered = 0;
+    while (!direct && flushed - writeback_begun >= kWritebackBytes) {
       SLUICE_TRY(sync_range(writeback_begun, SYNC_FILE_RANGE_WRITE));
       writeback_begun += kWritebackBytes;
       if (writeback_begun - dropped > 2 * kWritebackBytes) {
-        SLUICE_TRY(sync_range(dropped, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER));
-        ::posix_fadvise(fd.get(), static_cast<off_t>(dropped), static_cast<off_t>(kWritebackBytes), POSIX_FADV_DONTNEED);
+        SLUICE_TRY(sync_range(dropped,
+                              SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER));
+        ::posix_fadvise(fd.get(), static_cast<off_t>(dropped), static_cast<off_t>(kWritebackBytes),
+                        POSIX_FADV_DONTNEED);
         dropped += kWritebackBytes;
       }
     }
@@ -160,21 +181,14 @@ struct ContainerWriter::State {
     return {};
   }
 
-  Status flush() {
-    SLUICE_TRY(write_through(buffer));
-    buffer.clear();
-    return {};
-  }
-
-  // Large spans go straight to the kernel, small ones through the buffer.
   Status put(std::span<const std::byte> data) {
-    if (buffer.size() + data.size() < kBufferBytes) {
-      buffer.insert(buffer.end(), data.begin(), data.end());
-      return {};
+    while (!data.empty()) {
+      const auto part = data.first(std::min<uint64_t>(data.size(), kBufferBytes - buffered));
+      std::memcpy(buffer.data() + buffered, part.data(), part.size());
+      buffered += part.size();
+      data = data.subspan(part.size());
+      if (buffered == kBufferBytes) SLUICE_TRY(flush());
     }
-    SLUICE_TRY(flush());
-    if (data.size() >= kBufferBytes / 4) return write_through(data);
-    buffer.insert(buffer.end(), data.begin(), data.end());
     return {};
   }
 
@@ -237,7 +251,9 @@ Result<ContainerWriter> ContainerWriter::create(const std::string& path) {
   state->temp = fmt::format("{}.tmp-{}", path, ::getpid());
   SLUICE_TRY_ASSIGN(fd, create_temporary(state->temp, path));
   state->fd = std::move(fd);
-  state->buffer.reserve(kBufferBytes);
+  SLUICE_TRY_ASSIGN(buffer, Mapping::anonymous(kBufferBytes, path + ": write buffer"));
+  state->buffer = std::move(buffer);
+  state->set_direct(true);
   return ContainerWriter(std::move(state));
 }
 
@@ -319,7 +335,9 @@ Status ContainerWriter::finish(Manifest manifest) {
   SLUICE_TRY(state_->flush());
   header.file_bytes = state_->flushed;
   header.uuid = random_uuid();
-  SLUICE_TRY(state_->write_at(encode_header(header), 0));
+  const HeaderBytes encoded_header = encode_header(header);
+  std::memcpy(state_->buffer.data(), encoded_header.data(), encoded_header.size());  // it is empty, and aligned
+  SLUICE_TRY(state_->write_at(state_->buffer.bytes().first(encoded_header.size()), 0));
   return state_->sync_and_rename();
 }
 

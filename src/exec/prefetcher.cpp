@@ -70,6 +70,9 @@ Prefetcher::Prefetcher(const storage::Container& container, const plan::Plan& pl
   }
   slots_.resize(reads_.empty() ? 0 : options_.staging.size() / kBlockBytes);
   SLUICE_CHECK(reads_.empty() || (queue_ != nullptr && !slots_.empty()));
+  if (queue_ == nullptr) return;
+  bytes_before_ = queue_->bytes_read();
+  retries_before_ = queue_->retries();
 }
 
 Prefetcher::~Prefetcher() {
@@ -110,8 +113,12 @@ Status Prefetcher::step(bool& idle) {
   if (queue_ != nullptr && queue_->in_flight() > 0) {
     SLUICE_TRY_ASSIGN(done, queue_->wait());
     slots_[done.tag % slots_.size()].landed = true;
-    bytes_read_.store(queue_->bytes_read(), std::memory_order_relaxed);
-    retries_.store(queue_->retries(), std::memory_order_relaxed);
+    const auto now = std::chrono::steady_clock::now();
+    busy_ns_.fetch_add(static_cast<uint64_t>(std::chrono::nanoseconds(now - busy_since_).count()),
+                       std::memory_order_relaxed);
+    busy_since_ = now;
+    bytes_read_.store(queue_->bytes_read() - bytes_before_, std::memory_order_relaxed);
+    retries_.store(queue_->retries() - retries_before_, std::memory_order_relaxed);
     return {};
   }
   idle = true;
@@ -121,6 +128,7 @@ Status Prefetcher::step(bool& idle) {
 Status Prefetcher::start_reads() {
   if (reads_.empty()) return {};  // host tier only
   bool started = false;
+  if (queue_->in_flight() == 0) busy_since_ = std::chrono::steady_clock::now();
   while (reads_started_ - reads_copied_ < slots_.size()) {
     Slot& slot = slots_[reads_started_ % slots_.size()];
     if (slot.copied && !backend_.done(slot.event)) break;  // the copy engine still reads the slot

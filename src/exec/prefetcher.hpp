@@ -10,6 +10,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -76,8 +77,11 @@ class Prefetcher {
   // After the last operation that uses the item was submitted.
   void release(uint32_t item);
 
-  uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }   // from the drive, padded
+  // Bytes read from the drive for streaming, padding included, and reads that had to be repeated.
+  uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
   uint64_t retries() const { return retries_.load(std::memory_order_relaxed); }
+  // Time during which reads were in flight.
+  double busy_seconds() const { return static_cast<double>(busy_ns_.load(std::memory_order_relaxed)) * 1e-9; }
 
  private:
   struct Slot {
@@ -107,6 +111,8 @@ class Prefetcher {
   const plan::Plan& plan_;
   backend::Backend& backend_;
   std::unique_ptr<storage::ReadQueue> queue_;
+  uint64_t bytes_before_ = 0;           // what the queue had read when this object got it
+  uint64_t retries_before_ = 0;
   Options options_;
   std::vector<PassRead> reads_;         // of one pass
   std::vector<Slot> slots_;
@@ -116,6 +122,7 @@ class Prefetcher {
   uint64_t reads_started_ = 0;
   uint64_t reads_copied_ = 0;
   uint64_t items_copied_ = 0;
+  std::chrono::steady_clock::time_point busy_since_;
   bool ring_waited_ = false;            // the copy queue was told to wait for the current item's place
 
   // Shared with the executor.
@@ -128,6 +135,7 @@ class Prefetcher {
   Error error_;                         // under mutex_, valid if failed_
   std::atomic<uint64_t> bytes_read_{0};
   std::atomic<uint64_t> retries_{0};
+  std::atomic<uint64_t> busy_ns_{0};
   uint64_t acquired_ = 0;               // executor's
   std::thread thread_;
 };

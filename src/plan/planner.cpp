@@ -21,6 +21,8 @@ using storage::Tensor;
 // more of it only takes room from resident weights.
 constexpr uint64_t kRingTensors = 4;
 constexpr uint64_t kMinRingBytes = 4 * kMiB;
+// Rows of a prefill pass where memory is not the point.
+constexpr uint32_t kMostRows = 512;
 
 // Chooses items, in order, so that about `budget` bytes are taken and the taken ones are spread evenly: each item earns
 // credit in proportion to its size, and is taken when the credit covers it. Never exceeds `budget`.
@@ -110,33 +112,41 @@ void schedule_ring(std::vector<StreamItem>& stream, uint64_t ring_bytes) {
   }
 }
 
-void predict(Plan& plan, const Inputs& inputs) {
-  const auto stage = [&](double bytes, double bandwidth, const char* name) {
-    if (bandwidth <= 0 || bytes / bandwidth <= plan.pass_seconds) return;
-    plan.pass_seconds = bytes / bandwidth;
-    plan.bound = name;
-  };
-  const auto streamed = static_cast<double>(plan.host_bytes + plan.disk_bytes);
-  stage(static_cast<double>(plan.disk_bytes), inputs.bandwidths.disk, "disk");
-  stage(streamed, inputs.bandwidths.bus, "bus");
-  stage(static_cast<double>(plan.resident_bytes) + streamed, inputs.bandwidths.device_memory, "device memory");
-  if (inputs.compute_seconds > plan.pass_seconds) {
-    plan.pass_seconds = inputs.compute_seconds;
-    plan.bound = "compute";
-  }
-}
-
-uint32_t choose_rows(const Inputs& inputs) {
+// `weight_bytes`: all that could be resident.
+uint32_t choose_rows(const Inputs& inputs, uint64_t weight_bytes) {
   if (inputs.max_rows != 0) return inputs.max_rows;
-  uint32_t rows = 512;
+  uint32_t rows = kMostRows;
+  const FixedNeed most = inputs.fixed_need(rows);
+  if (most.kv_bytes + most.scratch_bytes + weight_bytes <= inputs.device_budget_bytes) return rows;
   while (rows > 1 && inputs.fixed_need(rows).scratch_bytes > inputs.device_budget_bytes / 8) rows /= 2;
   return rows;
 }
 
 }  // namespace
 
+void predict(Plan& plan, const Bandwidths& bandwidths, double compute_seconds) {
+  plan.pass_seconds = 0;
+  plan.bound.clear();
+  const auto stage = [&](double seconds, const char* name) {
+    if (seconds <= plan.pass_seconds) return;
+    plan.pass_seconds = seconds;
+    plan.bound = name;
+  };
+  const auto transfer = [&](double bytes, double bandwidth, const char* name) {
+    if (bandwidth > 0) stage(bytes / bandwidth, name);
+  };
+  const auto streamed = static_cast<double>(plan.host_bytes + plan.disk_bytes);
+  if (!plan.in_place) {  // in place, how much of the file the page cache holds is the kernel's business
+    transfer(static_cast<double>(plan.disk_bytes), bandwidths.disk, "disk");
+    transfer(streamed, bandwidths.bus, "bus");
+  }
+  transfer(static_cast<double>(plan.resident_bytes) + streamed, bandwidths.device_memory, "device memory");
+  stage(compute_seconds, "compute");
+}
+
 Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
   Plan plan;
+  plan.in_place = inputs.in_place;
   plan.tiers.assign(manifest.tensors.size(), Tier::disk);
 
   // Sort tensors into rows, vectors and matrices.
@@ -171,19 +181,18 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
     }
     least_weights = std::min(least_weights, pinned + largest);
   }
-  if (matrices.empty()) least_weights = 0;
+  if (matrices.empty() || inputs.in_place) least_weights = 0;
   const uint64_t smallest_fixed = fixed_bytes(inputs.max_rows != 0 ? inputs.max_rows : 1);
   plan.smallest_device_bytes = smallest_fixed + least_weights;
   if (inputs.device_budget_bytes < plan.smallest_device_bytes) {
     return fail(ErrorCode::budget,
                 fmt::format("a device budget of {} is too small: KV cache and scratch take {}, the stream ring at least {}; "
-                            "give at least {} (--device-memory {}M) or a shorter --context",
+                            "give at least --device-memory {}K or a shorter --context",
                             format_bytes(inputs.device_budget_bytes), format_bytes(smallest_fixed),
-                            format_bytes(least_weights), format_bytes(plan.smallest_device_bytes),
-                            ceil_div(plan.smallest_device_bytes, kMiB)));
+                            format_bytes(least_weights), ceil_div(plan.smallest_device_bytes, kKiB)));
   }
 
-  plan.max_rows = choose_rows(inputs);
+  plan.max_rows = choose_rows(inputs, vector_bytes + (inputs.in_place ? 0 : matrix_bytes));
   while (plan.max_rows > 1 && inputs.max_rows == 0 &&
          fixed_bytes(plan.max_rows) + least_weights > inputs.device_budget_bytes) {
     plan.max_rows /= 2;
@@ -198,6 +207,10 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
   if (matrix_bytes <= room) {
     best.resident.assign(manifest.tensors.size(), true);
     best.resident_bytes = matrix_bytes;
+  } else if (inputs.in_place) {
+    best.resident.assign(manifest.tensors.size(), false);
+    best.resident_bytes = take_evenly(matrices, room, [&](uint32_t i) { return manifest.tensors[i].padded_bytes(); },
+                                      [&](uint32_t i) { best.resident[i] = true; });
   } else {
     for (const uint64_t largest : sizes) {
       Placement candidate;
@@ -220,10 +233,11 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
       take_evenly(streamed, inputs.host_budget_bytes, size, [&](uint32_t i) { plan.tiers[i] = Tier::host; });
   for (const uint32_t i : streamed) {
     if (plan.tiers[i] == Tier::disk) plan.disk_bytes += size(i);
+    if (inputs.in_place) continue;
     plan.stream.push_back({.tensor = i, .tier = plan.tiers[i], .ring_offset = 0, .bytes = size(i), .distance = 0});
   }
   schedule_ring(plan.stream, plan.ring_bytes);
-  predict(plan, inputs);
+  predict(plan, inputs.bandwidths, inputs.compute_seconds);
   return plan;
 }
 

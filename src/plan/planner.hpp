@@ -31,8 +31,10 @@ struct FixedNeed {
 struct Inputs {
   uint64_t device_budget_bytes = 0;
   uint64_t host_budget_bytes = 0;
-  uint32_t max_rows = 0;              // 0: the largest power of two up to 512 whose scratch is an eighth of the budget
+  uint32_t max_rows = 0;              // 0: 512 if everything fits with it, else the largest power of two up to it whose
+                                      // scratch is an eighth of the budget
   std::function<FixedNeed(uint32_t max_rows)> fixed_need;
+  bool in_place = false;              // kernels read host memory and the mapped file where they are: nothing is streamed
   Bandwidths bandwidths;
   double compute_seconds = 0;         // of one decode pass, if known
 };
@@ -56,6 +58,7 @@ struct Plan {
   uint64_t resident_bytes = 0;        // weights of the device tier, padded
   uint64_t host_bytes = 0, disk_bytes = 0;   // streamed in every pass, padded
   uint64_t smallest_device_bytes = 0; // the budget below which planning fails, at one row a pass
+  bool in_place = false;
 
   uint64_t device_bytes() const { return kv_bytes + scratch_bytes + ring_bytes + resident_bytes; }
 
@@ -67,7 +70,11 @@ struct Plan {
 // that copies have compute to hide behind; a matrix so large that streaming it would need a ring bigger than the room it
 // takes is pinned first. The prediction is
 //   t = max(disk / B_disk, (host + disk) / B_bus, (resident + host + disk) / B_device, t_compute).
+// In place there is no ring, no bus, and `stream` is empty; the tiers say where the bytes are.
 // Error: budget, naming the smallest device budget that would do.
 Result<Plan> make_plan(const storage::Manifest& manifest, const Inputs& inputs);
+
+// Fills in pass_seconds and bound anew, for bandwidths that were measured after planning.
+void predict(Plan& plan, const Bandwidths& bandwidths, double compute_seconds);
 
 }  // namespace sluice::plan

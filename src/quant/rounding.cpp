@@ -25,6 +25,7 @@ using storage::Tensor;
 constexpr float kHalfMax = 65504.0f;
 constexpr float kHalfMinNormal = 0x1p-14f;
 constexpr int32_t kHalfLowestBit = -24;
+constexpr int32_t kHalfSignificantBits = 11;
 // Where a shifted maximum goes. Scales stay below 512, so that 128 codes times a scale still fit FP16.
 constexpr int kShiftedValueExponent = 14;
 constexpr int kShiftedScaleExponent = 8;
@@ -50,12 +51,17 @@ float max_magnitude(std::span<const float> values) {
   return std::bit_cast<float>(static_cast<uint32_t>(max_magnitude_bits(values)));
 }
 
-// The largest power of two that divides `value`, as an exponent; `value` is finite and not zero.
-int32_t lowest_bit_of(float value) {
+// The exponent of the largest power of two that divides a value, and how many bits there are from the highest set one
+// down to it. `value` is finite and not zero.
+struct BitSpan {
+  int32_t lowest = 0, count = 0;
+};
+BitSpan bit_span_of(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const int32_t exponent = static_cast<int32_t>((bits >> 23) & 0xffu);
   const uint32_t mantissa = (bits & 0x7fffffu) | (exponent != 0 ? 0x800000u : 0u);
-  return std::max(exponent, 1) - 150 + std::countr_zero(mantissa);
+  const int32_t zeros = std::countr_zero(mantissa);
+  return {std::max(exponent, 1) - 150 + zeros, 32 - std::countl_zero(mantissa) - zeros};
 }
 
 // int8: s = max|w| / 127.
@@ -159,6 +165,8 @@ void Extent::merge(const Extent& other) {
   max_abs = std::max(max_abs, other.max_abs);
   min_group_max = std::min(min_group_max, other.min_group_max);
   lowest_bit = std::min(lowest_bit, other.lowest_bit);
+  significant_bits = std::max(significant_bits, other.significant_bits);
+  fits_bf16 = fits_bf16 && other.fits_bf16;
 }
 
 Result<Extent> measure(const Tensor& tensor, uint32_t first_row, std::span<const float> weights) {
@@ -179,11 +187,23 @@ Result<Extent> measure(const Tensor& tensor, uint32_t first_row, std::span<const
     }
   }
   if (tensor.scheme == Scheme::f16 || tensor.scheme == Scheme::bf16) {
+    uint32_t below_bf16 = 0;
     for (const float value : weights) {
-      if (value != 0) extent.lowest_bit = std::min(extent.lowest_bit, lowest_bit_of(value));
+      below_bf16 |= std::bit_cast<uint32_t>(value) & 0xffffu;
+      if (value == 0) continue;
+      const BitSpan span = bit_span_of(value);
+      extent.lowest_bit = std::min(extent.lowest_bit, span.lowest);
+      extent.significant_bits = std::max(extent.significant_bits, span.count);
     }
+    extent.fits_bf16 = below_bf16 == 0;
   }
   return extent;
+}
+
+bool fits_half(const Extent& extent, int32_t exponent) {
+  if (extent.max_abs == 0) return true;
+  return std::ldexp(extent.max_abs, -exponent) <= kHalfMax && extent.lowest_bit - exponent >= kHalfLowestBit &&
+         extent.significant_bits <= kHalfSignificantBits;
 }
 
 int32_t choose_scale_exponent(const Tensor& tensor, const Extent& extent) {
@@ -193,13 +213,12 @@ int32_t choose_scale_exponent(const Tensor& tensor, const Extent& extent) {
     case Scheme::f32:
     case Scheme::bf16: return 0;
     case Scheme::f16: {
-      if (extent.max_abs <= kHalfMax && extent.lowest_bit >= kHalfLowestBit) return 0;
+      if (fits_half(extent, 0)) return 0;
       const int32_t shifted = shift_to(extent.max_abs, kShiftedValueExponent);
       // Bits below FP16's reach are lost either way: where the largest weight is far above them, 0 loses no more than
       // FP16's own rounding of that weight, and saves the kernels a multiplication.
-      const bool exact_when_shifted = extent.lowest_bit - shifted >= kHalfLowestBit;
       const bool harmless_as_is = extent.max_abs <= kHalfMax && extent.max_abs >= 0x1p-9f;
-      return harmless_as_is && !exact_when_shifted ? 0 : shifted;
+      return harmless_as_is && !fits_half(extent, shifted) ? 0 : shifted;
     }
     case Scheme::int8:
     case Scheme::int4: {

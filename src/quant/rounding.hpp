@@ -31,6 +31,8 @@ struct Extent {
   float max_abs = 0;
   float min_group_max = std::numeric_limits<float>::infinity();  // over groups that are not all zero
   int32_t lowest_bit = std::numeric_limits<int32_t>::max();      // 2^this divides every value
+  int32_t significant_bits = 0;                                  // from the highest set bit to the lowest, of the worst value
+  bool fits_bf16 = true;                                         // every value is a bfloat16
 
   void merge(const Extent& other);
 };
@@ -43,8 +45,11 @@ Result<Extent> measure(const storage::Tensor& tensor, uint32_t first_row, std::s
 // to where FP16 has most room below it.
 int32_t choose_scale_exponent(const storage::Tensor& tensor, const Extent& extent);
 
-// Encodes `weights` as tensor.rows x tensor.cols with the exponent that is set. Finite weights only (a CHECK of none:
-// measure them first).
+// Whether FP16 holds every value times 2^-exponent exactly.
+bool fits_half(const Extent& extent, int32_t exponent);
+
+// Encodes `weights` as tensor.rows x tensor.cols with the exponent that is set. The weights must be finite: measure
+// them first.
 Planes round_rows(const storage::Tensor& tensor, std::span<const float> weights);
 
 // The inverse: every weight as float, row-major. For tests, references and requantization.
