@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "model/sampler.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <random>
+#include <set>
+
+#include "catch.hpp"
+
+namespace {
+
+using sluice::model::argmax;
+using sluice::model::Sampler;
+using sluice::model::SamplerSettings;
+
+std::map<int32_t, int> draw(const SamplerSettings& settings, const std::vector<float>& logits, int draws,
+                            const std::vector<int32_t>& recent = {}) {
+  Sampler sampler(settings, static_cast<uint32_t>(logits.size()));
+  std::map<int32_t, int> counts;
+  for (int i = 0; i < draws; ++i) ++counts[sampler.sample(logits, recent)];
+  return counts;
+}
+
+std::vector<float> random_logits(size_t count, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, 2);
+  std::vector<float> logits(count);
+  for (float& logit : logits) logit = normal(random);
+  return logits;
+}
+
+std::vector<float> log_of(const std::vector<double>& probabilities) {
+  std::vector<float> logits;
+  for (const double p : probabilities) logits.push_back(static_cast<float>(std::log(p)) + 3);
+  return logits;
+}
+
+}  // namespace
+
+TEST_CASE("temperature 0 takes the likeliest token, and of equals the first") {
+  CHECK(argmax(std::vector<float>{1, 5, 2, 5}) == 1);
+  CHECK(draw({.temperature = 0, .top_k = 1, .top_p = 0.1f}, {1, 5, 2, 5}, 3) == std::map<int32_t, int>{{1, 3}});
+}
+
+TEST_CASE("draws follow the softmax at the temperature") {
+  const std::vector<double> p = {0.1, 0.2, 0.3, 0.4};
+  const int draws = 40000;
+  for (const double temperature : {0.5, 1.0, 2.0}) {
+    double total = 0;
+    for (const double x : p) total += std::pow(x, 1 / temperature);
+    auto counts = draw({.temperature = static_cast<float>(temperature), .seed = 7}, log_of(p), draws);
+    for (int i = 0; i < 4; ++i) {
+      const double expected = std::pow(p[static_cast<size_t>(i)], 1 / temperature) / total;
+      // Five standard deviations of a binomial count.
+      const double bound = 5 * std::sqrt(expected * (1 - expected) / draws);
+      CHECK(std::abs(counts[i] / static_cast<double>(draws) - expected) <= bound);
+    }
+  }
+}
+
+TEST_CASE("top_k keeps the k likeliest") {
+  const std::vector<float> logits = random_logits(5000, 1);
+  std::vector<int32_t> order(logits.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  const std::set<int32_t> allowed(order.begin(), order.begin() + 10);
+  const auto counts = draw({.temperature = 5, .top_k = 10}, logits, 5000);
+  CHECK(counts.size() == 10);
+  for (const auto& [id, count] : counts) CHECK(allowed.count(id) == 1);
+}
+
+TEST_CASE("top_p keeps the fewest tokens that reach it, sorted in parts or whole") {
+  CHECK(draw({.temperature = 1, .top_p = 0.65f}, log_of({0.1, 0.2, 0.3, 0.4}), 2000).size() == 2);
+  CHECK(draw({.temperature = 1, .top_p = 0.75f}, log_of({0.1, 0.2, 0.3, 0.4}), 2000).size() == 3);
+  CHECK(draw({.temperature = 1, .top_p = 0.0f}, log_of({0.1, 0.2, 0.3, 0.4}), 200).size() == 1);
+  // 3000 equal tokens: 0.9 of them takes several rounds of partial sorting; ties fall to the smallest ids.
+  const auto counts = draw({.temperature = 1, .top_p = 0.9f}, std::vector<float>(3000, 1.0f), 60000);
+  CHECK(counts.rbegin()->first < 2701);
+  CHECK(counts.size() > 2690);
+}
+
+TEST_CASE("min_p drops what is less likely than its share of the likeliest, with top_k or alone") {
+  for (const int top_k : {0, 4}) {
+    const auto counts = draw({.temperature = 1, .top_k = top_k, .min_p = 0.6f}, log_of({0.1, 0.2, 0.3, 0.4}), 2000);
+    CHECK(counts.size() == 2);
+    CHECK(counts.count(2) == 1);
+    CHECK(counts.count(3) == 1);
+  }
+}
+
+TEST_CASE("the repeat penalty divides positive logits, multiplies negative ones, once per token of the last 64") {
+  const std::vector<float> logits = {2.0f, 1.5f, -1.0f};
+  CHECK(draw({.temperature = 0, .repeat_penalty = 1.5f}, logits, 1, {0, 0, 0}).begin()->first == 1);
+  CHECK(draw({.temperature = 0, .repeat_penalty = 1.2f}, logits, 1, {0, 0, 0}).begin()->first == 0);
+  const std::vector<float> negative = {-1.0f, -1.5f};
+  CHECK(draw({.temperature = 0, .repeat_penalty = 2.0f}, negative, 1, {0}).begin()->first == 1);
+  std::vector<int32_t> long_ago(65, 1);
+  long_ago[0] = 0;   // beyond the window
+  CHECK(draw({.temperature = 0, .repeat_penalty = 2.0f}, {2.0f, 1.9f}, 1, long_ago).begin()->first == 0);
+}
+
+TEST_CASE("everything off draws from the whole vocabulary") {
+  CHECK(draw({.temperature = 1}, std::vector<float>(50, 0.0f), 5000).size() == 50);
+}
