@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "import/import.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <map>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#include "import/checkpoint.hpp"
+#include "import/encode.hpp"
+#include "import/text.hpp"
+#include "storage/container_writer.hpp"
+
+namespace sluice::import {
+namespace {
+
+constexpr uint32_t kMostThreads = 8;  // more would only wait for the disk
+
+Result<Checkpoint> open_checkpoint(const Options& options) {
+  std::error_code error;
+  const auto status = std::filesystem::status(options.source, error);
+  if (status.type() == std::filesystem::file_type::not_found) {
+    return fail(ErrorCode::not_found, fmt::format("{}: no such file or folder", options.source));
+  }
+  if (error) {
+    return fail(ErrorCode::io, fmt::format("{}: {}", options.source, error.message()), error.value());
+  }
+  if (std::filesystem::is_directory(status)) return open_huggingface(options.source, options.log);
+  if (options.source.ends_with(".safetensors") || options.source.ends_with(".json")) {
+    return fail(ErrorCode::usage, fmt::format("{}: give the folder that holds config.json and the *.safetensors files, "
+                                              "not one of its files", options.source));
+  }
+  return open_gguf(options.source, options.log);
+}
+
+// One line per kind of loss, not one per tensor.
+void warn_of_losses(const std::map<std::string, uint64_t>& losses, const Options& options) {
+  for (const auto& [what, tensors] : losses) {
+    log_warning(options.log, fmt::format("{}: {} tensors {}; a checkpoint in higher precision gives a better model",
+                                         options.source, tensors, what));
+  }
+}
+
+Status check_options(const Options& options) {
+  if (options.group_elems != 32 && options.group_elems != 64 && options.group_elems != 128) {
+    return fail(ErrorCode::usage, fmt::format("groups of {} weights; 32, 64 and 128 are possible", options.group_elems));
+  }
+  // Renaming the result over what it was made from would leave only the rounded copy.
+  std::error_code ignored;
+  if (std::filesystem::equivalent(options.source, options.output, ignored)) {
+    return fail(ErrorCode::usage, fmt::format("{}: is both source and output; give another name for the output",
+                                              options.output));
+  }
+  return {};
+}
+
+// A failed write names the output; which tensor it was tells how far it came.
+Error at_tensor(Error error, const std::string& name) {
+  if (error.message.find(name) == std::string::npos) error.message += fmt::format(" (at tensor {})", in_quotes(name));
+  return error;
+}
+
+Result<Report> run_import(const Options& options) {
+  const auto start = std::chrono::steady_clock::now();
+  SLUICE_TRY(check_options(options));
+  SLUICE_TRY_ASSIGN(checkpoint, open_checkpoint(options));
+  SLUICE_TRY_ASSIGN(writer, storage::ContainerWriter::create(options.output));
+  const uint32_t threads = std::clamp(std::thread::hardware_concurrency(), 1u, kMostThreads);
+  const bool tied = checkpoint.manifest.hyper.tied_embeddings;
+  const uint64_t total = checkpoint.tensors.size();
+  Report report;
+  std::map<std::string, uint64_t> losses;
+  for (const SourceTensor& source : checkpoint.tensors) {
+    if (options.progress) options.progress(report.tensors, total, writer.bytes_written(), source.source_name);
+    const Target target = choose_target(source, options, tied);
+    if (auto written = write_tensor(checkpoint.files[source.file], source, target, threads, writer); !written) {
+      return fail(at_tensor(std::move(written.error()), source.source_name));
+    }
+    ++report.tensors;
+    if (target.requantized) {
+      ++report.requantized;
+      ++losses[fmt::format("of type {} were decoded and rounded to {} in groups of {}", name_of(source.type),
+                           storage::name_of(target.scheme), target.group_elems)];
+    }
+  }
+  if (options.progress) options.progress(total, total, writer.bytes_written(), "");
+  report.hyper = checkpoint.manifest.hyper;
+  SLUICE_TRY(writer.finish(std::move(checkpoint.manifest)));
+  std::error_code error;
+  report.bytes = std::filesystem::file_size(options.output, error);
+  warn_of_losses(losses, options);
+  report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return report;
+}
+
+}  // namespace
+
+Result<Report> import_model(const Options& options) {
+  // The standard library reports exhaustion by throwing; this is where that ends.
+  try {
+    return run_import(options);
+  } catch (const std::bad_alloc&) {
+    return fail(ErrorCode::out_of_memory, fmt::format("{}: not enough memory to import it", options.source));
+  } catch (const std::system_error& error) {
+    return fail(ErrorCode::out_of_memory, fmt::format("{}: cannot start a thread: {}", options.source, error.what()),
+                error.code().value());
+  }
+}
+
+}  // namespace sluice::import
