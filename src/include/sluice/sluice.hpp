@@ -37,9 +37,15 @@ enum class Io { automatic, uring, pread, mmap };
 enum class Activations { int8, f32 };
 enum class Verify { open, off };   // of a mapping; planes that are read are always verified
 
+// Bytes per second; 0: unknown.
+struct Bandwidths {
+  double disk = 0, bus = 0, cpu_memory = 0, device_memory = 0;
+};
+
 struct ModelOptions {
   // Budgets in bytes. Device memory holds resident weights, the stream ring, the KV cache and scratch; unset: all that
-  // the model needs. Host memory holds weights that are copied to the device in every pass; the rest stays on disk.
+  // the model needs, as far as the machine's free memory goes, and with Io::mmap no weights. Host memory holds weights
+  // that are copied to the device in every pass; the rest stays on disk.
   std::optional<uint64_t> device_memory_bytes;
   uint64_t host_memory_bytes = 0;
   uint32_t context = 0;              // positions per session; 0: the model's own, at most 4096
@@ -51,6 +57,7 @@ struct ModelOptions {
   std::string backend = "auto";      // "auto", "cpu"
   Activations cpu_activations = Activations::int8;
   uint32_t threads = 0;              // of the CPU backend; 0: one per core
+  Bandwidths bandwidths;             // for the prediction in Timings; an unknown disk is what reading so far has shown
   LogHook log;
   std::function<void(uint64_t done, uint64_t total)> load_progress;   // bytes of resident and host weights
 };
@@ -123,6 +130,9 @@ struct ChatMessage {
 };
 
 class Session;
+namespace api {
+struct Access;
+}
 
 // Weights in their tiers. Const members may be called from any thread; sessions of one model take turns inside. A Model
 // must outlive its sessions.
@@ -148,9 +158,10 @@ class SLUICE_API Model {
 
  private:
   friend class Session;
+  friend struct api::Access;
   struct State;
-  explicit Model(std::shared_ptr<State> state);
-  std::shared_ptr<State> state_;
+  explicit Model(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
 };
 
 // One sequence: KV cache, position, sampler. One thread at a time.
@@ -165,11 +176,15 @@ class SLUICE_API Session {
   // Puts tokens behind the sequence; the model sees them at the next generate, score or flush.
   // Error: budget (the context is full), usage (an id outside the vocabulary). Nothing is appended then.
   Status append(std::span<const int32_t> tokens);
-  // Runs everything appended through the model, so that the next generate starts at once.
+  // Runs everything appended through the model, so that the next generate starts at once. Errors: those of a pass,
+  // cancelled.
   Status flush();
-  // Generates until a stop. The callback sees every token and returns false to stop ("cancelled"). cancel() may be called
-  // from any thread or a signal handler meanwhile.
+  // Generates until a stop. The callback sees every token that becomes part of the text and returns false to stop
+  // ("cancelled"); a token that ends the text is handed out only if text before it was still held back. Error: usage (an
+  // empty sequence), and those of a pass: io, corrupt, numeric, device.
   Result<StopReason> generate(const GenerateOptions& options, const std::function<bool(const Token&)>& on_token);
+  // Ends the generate, flush or score that is running, or the next one, between two passes. Any thread, signal handlers
+  // included.
   void cancel() noexcept;
   // Runs everything appended and returns the logits of every position run by this call: `on_logits(position, logits)`,
   // logits FP32 [vocab], valid during the call.
@@ -242,10 +257,6 @@ class SLUICE_API TextCodec {
 
 // ---- The machine -----------------------------------------------------------------------------------------------
 
-// Bytes per second; 0: unknown.
-struct Bandwidths {
-  double disk = 0, bus = 0, cpu_memory = 0, device_memory = 0;
-};
 // `path`: a file to read from (O_DIRECT), at most `bytes` of it.
 SLUICE_API Result<double> measure_disk(const std::string& path, uint64_t bytes, Io io = Io::automatic);
 SLUICE_API double measure_memory_copy();

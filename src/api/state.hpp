@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a Model and a Session hold. The classes themselves are in sluice.hpp.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backend/backend.hpp"
+#include "exec/engine.hpp"
+#include "model/chat_template.hpp"
+#include "model/tokenizer.hpp"
+#include "plan/planner.hpp"
+#include "sluice/sluice.hpp"
+#include "storage/container.hpp"
+
+namespace sluice {
+
+struct Model::State {
+  ModelInfo info;
+  std::unique_ptr<exec::Engine> engine;
+  std::optional<model::Tokenizer> tokenizer;
+  std::optional<model::ChatTemplate> chat_template;
+  std::string chat_template_error;      // why there is none although the file has one
+  Bandwidths bandwidths;
+  double open_seconds = 0;
+
+  std::mutex slots_mutex;
+  std::vector<bool> slot_taken;         // KV cache of a session; under slots_mutex
+
+  std::optional<uint32_t> take_slot();
+  void give_slot(uint32_t slot);
+  Sampling default_sampling() const;    // of the generation config
+  // The planner's figure for a decode pass with the bandwidths known by now.
+  double predict_pass() const;
+};
+
+struct Session::State {
+  State(Model::State& model_state, uint32_t slot_number);
+  ~State();
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
+
+  bool last_logits_known() const { return logits_at == tokens.size() && logits_at > 0; }
+  uint32_t pending() const { return static_cast<uint32_t>(tokens.size()) - evaluated; }
+  // Runs the pending tokens in passes of at most max_rows and leaves the last one's logits in `logits`; adds to `times`.
+  // Error: those of a pass; cancelled, with what ran so far kept.
+  Status run_pending(PassTimes& times);
+  // One pass over the next `rows` pending tokens, all or only the last of which want logits.
+  Status run_rows(uint32_t rows, bool all_logits, bool last_logits, std::span<float> out, PassTimes& times);
+  void note_first_token();
+  // Copies what the model counts into `timings`.
+  void update_timings();
+  bool take_cancel() { return cancelled.exchange(false); }
+
+  Model::State& model;
+  const uint32_t slot;
+  std::vector<int32_t> tokens;          // capacity: the context
+  uint32_t evaluated = 0;               // tokens that are in the KV cache
+  std::vector<float> logits;            // of the token before position logits_at
+  size_t logits_at = 0;                 // tokens.size() for which `logits` predicts the next; 0: none
+  std::vector<backend::Row> rows;       // of one pass
+  Timings timings;
+  std::optional<std::chrono::steady_clock::time_point> first_append;
+  std::atomic<bool> cancelled{false};
+};
+
+namespace api {
+
+// The doors to the private constructors, for the library itself.
+struct Access {
+  static Result<Model> open(const std::string& path, ModelOptions options, const storage::FaultPlan* faults);
+};
+
+// A file opened and planned, nothing of its weights read.
+struct Opening {
+  storage::Container container;
+  std::unique_ptr<backend::Backend> backend;
+  backend::Shape shape;
+  plan::Plan plan;
+  uint32_t context = 0;                 // positions of a session; the shape's is rounded up to KV blocks
+  uint64_t device_budget_bytes = 0;
+};
+// Errors: those of Container::open; usage, not_found (the backend), budget.
+Result<Opening> open_and_plan(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths);
+
+// Model::open, with faults injected into every read (tests).
+Result<Model> open_model(const std::string& path, ModelOptions options, const storage::FaultPlan* faults);
+
+}  // namespace api
+}  // namespace sluice

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ctrl-C and SIGTERM.
+#pragma once
+
+#include <string>
+
+#include "sluice/sluice.hpp"
+
+namespace sluice::cli {
+
+// While it lives, the first Ctrl-C or SIGTERM cancels `session`, which then ends its generation in an orderly way; a
+// second one before clear() ends the process at once with status 130. One at a time; `session` must stay where it is.
+class CancelOnInterrupt {
+ public:
+  explicit CancelOnInterrupt(Session& session);
+  ~CancelOnInterrupt();
+  CancelOnInterrupt(const CancelOnInterrupt&) = delete;
+  CancelOnInterrupt& operator=(const CancelOnInterrupt&) = delete;
+
+  bool interrupted() const;
+  void clear();
+};
+
+// While it lives, Ctrl-C and SIGTERM remove the temporary file that a container is written to ("OUTPUT.tmp-PID") and
+// end the process with the status of `cancelled`. Import and synth have no other state to put in order.
+class RemoveOnInterrupt {
+ public:
+  explicit RemoveOnInterrupt(const std::string& output);
+  ~RemoveOnInterrupt();
+  RemoveOnInterrupt(const RemoveOnInterrupt&) = delete;
+  RemoveOnInterrupt& operator=(const RemoveOnInterrupt&) = delete;
+};
+
+}  // namespace sluice::cli

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "exec/engine.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <utility>
+
+#include "base/check.hpp"
+
+namespace sluice::exec {
+
+namespace {
+
+// Rows of the embedding in flight: two reads each, a few KiB.
+constexpr uint32_t kRowDepth = 64;
+
+// Time since the last lap, for counting a pass without gaps.
+class Laps {
+ public:
+  uint64_t lap() {
+    const auto now = std::chrono::steady_clock::now();
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
+    last_ = now;
+    return static_cast<uint64_t>(ns);
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+// Integer arithmetic, which the compiler turns into vectors: 128,256 logits take 10 us.
+bool all_finite(std::span<const float> values) {
+  constexpr uint32_t kExponent = 0x7f800000u;
+  uint32_t bad = 0;
+  for (const float value : values) bad |= (std::bit_cast<uint32_t>(value) & kExponent) == kExponent ? 1u : 0u;
+  return bad == 0;
+}
+
+}  // namespace
+
+backend::Shape Engine::shape_of(const storage::Manifest& manifest) {
+  const storage::HyperParameters& hyper = manifest.hyper;
+  backend::Shape shape;
+  shape.layers = hyper.layers;
+  shape.hidden = hyper.hidden;
+  shape.heads = hyper.heads;
+  shape.kv_heads = hyper.kv_heads;
+  shape.head_dim = hyper.head_dim;
+  shape.ffn = hyper.ffn;
+  shape.vocab = hyper.vocab;
+  shape.norm_eps = hyper.norm_eps;
+  shape.inverse_frequencies = manifest.rope.inverse_frequencies;
+  shape.rope_attention_factor = manifest.rope.attention_factor;
+  shape.rotary_dims = manifest.rope.rotary_dims;
+  return shape;
+}
+
+Engine::Engine(storage::Container container, plan::Plan plan, std::unique_ptr<backend::Backend> backend,
+               const backend::Shape& shape)
+    : container_(std::move(container)), plan_(std::move(plan)), backend_(std::move(backend)), shape_(shape) {
+  shape_.inverse_frequencies = container_.manifest().rope.inverse_frequencies;
+  shape_.max_rows = plan_.max_rows;
+  shape_.max_logit_rows = std::min(shape_.max_logit_rows, shape_.max_rows);
+}
+
+Result<std::unique_ptr<Engine>> Engine::open(storage::Container container, plan::Plan plan,
+                                             std::unique_ptr<backend::Backend> backend, const backend::Shape& shape,
+                                             const Weights::Options& options) {
+  std::unique_ptr<Engine> self(new Engine(std::move(container), std::move(plan), std::move(backend), shape));
+  SLUICE_TRY(self->backend_->prepare(self->shape_));
+  const bool in_place = options.io == storage::IoMode::mmap;
+  SLUICE_TRY_ASSIGN(embedding, Embedding::open(self->container_, self->shape_.max_rows,
+                                               {.mode = in_place ? storage::IoMode::automatic : options.io,
+                                                .depth = kRowDepth,
+                                                .direct = true,
+                                                .faults = options.faults,
+                                                .log = {}}));   // the weights' queue says the same lines
+  self->embedding_ = std::make_unique<Embedding>(std::move(embedding));
+  self->embeddings_.resize(size_t{self->shape_.max_rows} * self->shape_.hidden);
+  SLUICE_TRY_ASSIGN(weights, Weights::open(self->container_, self->plan_, *self->backend_, options));
+  self->weights_ = std::move(weights);
+  SLUICE_TRY_ASSIGN(program, build_program(self->container_, self->plan_,
+                                           [&](uint32_t tensor) { return self->weights_->address(tensor); }));
+  self->program_ = std::move(program);
+  return self;
+}
+
+Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> ids, std::span<float> logits,
+                   StageTimes& times) {
+  const std::unique_lock<std::mutex> lock(mutex_);
+  SLUICE_CHECK(!rows.empty() && rows.size() <= shape_.max_rows && rows.size() == ids.size());
+  const auto wanted = static_cast<size_t>(
+      std::count_if(rows.begin(), rows.end(), [](const backend::Row& row) { return row.wants_logits; }));
+  SLUICE_CHECK(wanted <= shape_.max_logit_rows && logits.size() == wanted * shape_.vocab);
+
+  if (dead_) return fail(*dead_);
+  Laps laps;
+  const std::span<float> embeddings = std::span(embeddings_).first(rows.size() * shape_.hidden);
+  SLUICE_TRY(embedding_->fetch(ids, embeddings));
+  SLUICE_TRY(backend_->begin_pass(rows, embeddings));
+  times[Stage::embed] += laps.lap();
+
+  for (const Step& step : program_) {
+    AcquireTimes waits;
+    if (Status status = run_step(step, wanted > 0, waits); !status) {
+      dead_ = status.error();  // the stream stands in the middle of a pass
+      return status;
+    }
+    const uint64_t waited = waits.disk_wait_ns + waits.copy_wait_ns;
+    const uint64_t lap = laps.lap();
+    times[Stage::disk_wait] += waits.disk_wait_ns;
+    times[Stage::copy_wait] += waits.copy_wait_ns;
+    times[step.stage] += lap - std::min(lap, waited);
+  }
+  SLUICE_TRY(backend_->finish_pass(logits));
+  SLUICE_TRY(weights_->check_mapping());
+  SLUICE_TRY(check_logits(rows, logits));
+  times[Stage::lm_head] += laps.lap();
+  return {};
+}
+
+Status Engine::run_step(const Step& step, bool wants_logits, AcquireTimes& waits) {
+  const bool runs = wants_logits || !step.for_logits;
+  if (step.stream_item < 0) return runs ? backend_->run(step.op) : Status();
+  const auto item = static_cast<uint32_t>(step.stream_item);
+  SLUICE_TRY(weights_->prefetcher()->acquire(item, waits));
+  if (runs) SLUICE_TRY(backend_->run(step.op));
+  weights_->prefetcher()->release(item);
+  return {};
+}
+
+Status Engine::check_logits(std::span<const backend::Row> rows, std::span<const float> logits) const {
+  size_t at = 0;
+  for (const backend::Row& row : rows) {
+    if (!row.wants_logits) continue;
+    if (!all_finite(logits.subspan(at, shape_.vocab))) {
+      return fail(ErrorCode::numeric,
+                  fmt::format("{}: the logits of position {} are not finite; check the file with `sluice verify`, or the "
+                              "checkpoint that it was imported from", container_.path(), row.position));
+    }
+    at += shape_.vocab;
+  }
+  return {};
+}
+
+}  // namespace sluice::exec

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The layer pipeline: takes rows of tokens through the model, from the embedding to the logits.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "backend/backend.hpp"
+#include "exec/embedding.hpp"
+#include "exec/program.hpp"
+#include "exec/weights.hpp"
+#include "plan/planner.hpp"
+#include "sluice/result.hpp"
+#include "storage/container.hpp"
+
+namespace sluice::exec {
+
+// Nanoseconds of one or more passes, by stage.
+struct StageTimes {
+  std::array<uint64_t, static_cast<size_t>(Stage::count)> ns{};
+  uint64_t& operator[](Stage stage) { return ns[static_cast<size_t>(stage)]; }
+  uint64_t operator[](Stage stage) const { return ns[static_cast<size_t>(stage)]; }
+};
+
+class Engine {
+ public:
+  // Takes over the container and the backend; `shape` is completed from the plan and the manifest by shape_of().
+  static Result<std::unique_ptr<Engine>> open(storage::Container container, plan::Plan plan,
+                                              std::unique_ptr<backend::Backend> backend, const backend::Shape& shape,
+                                              const Weights::Options& options);
+
+  // What of a Shape the manifest says. `inverse_frequencies` borrows from it.
+  static backend::Shape shape_of(const storage::Manifest& manifest);
+
+  // One pass. rows[i] is token ids[i]; at most shape().max_rows rows, of which at most max_logit_rows want logits.
+  // `logits`: FP32 [rows that want logits][vocab], exact. Adds to `times`. Any thread; passes take turns.
+  // Errors: usage (an id outside the vocabulary), io, corrupt, numeric (a logit that is not finite: the row's position),
+  // device. After an error in the middle of a pass, every later pass fails the same way.
+  Status run(std::span<const backend::Row> rows, std::span<const int32_t> ids, std::span<float> logits, StageTimes& times);
+
+  const storage::Container& container() const { return container_; }
+  const plan::Plan& plan() const { return plan_; }
+  const backend::Shape& shape() const { return shape_; }
+  const Weights& weights() const { return *weights_; }
+  const Embedding& embedding() const { return *embedding_; }
+  // For the KV calls, which are made between passes: hold `turn()` meanwhile.
+  backend::Backend& backend() { return *backend_; }
+  std::unique_lock<std::mutex> turn() { return std::unique_lock(mutex_); }
+
+ private:
+  Engine(storage::Container container, plan::Plan plan, std::unique_ptr<backend::Backend> backend,
+         const backend::Shape& shape);
+  Status run_step(const Step& step, bool wants_logits, AcquireTimes& waits);
+  Status check_logits(std::span<const backend::Row> rows, std::span<const float> logits) const;
+
+  storage::Container container_;
+  plan::Plan plan_;
+  std::unique_ptr<backend::Backend> backend_;
+  backend::Shape shape_;
+  std::unique_ptr<Weights> weights_;     // after the backend that it uses
+  std::unique_ptr<Embedding> embedding_;
+  std::vector<Step> program_;
+  std::vector<float> embeddings_;        // [max_rows][hidden]
+  std::optional<Error> dead_;            // of a pass that ended in its middle
+  std::mutex mutex_;
+};
+
+}  // namespace sluice::exec

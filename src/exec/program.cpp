@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "exec/program.hpp"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <initializer_list>
+
+#include "base/check.hpp"
+
+namespace sluice::exec {
+
+namespace {
+
+using backend::DeviceAddress;
+using backend::Op;
+using backend::OpKind;
+using backend::Slot;
+using storage::PlaneKind;
+using storage::Role;
+using storage::Tensor;
+
+// A matrix, the slot its product goes to, and the bias behind it if the model has one.
+struct Product {
+  Role matrix;
+  Slot out;
+  Role bias;
+};
+constexpr Role kNoBias = Role::token_embedding;
+
+class Builder {
+ public:
+  Builder(const storage::Container& container, const plan::Plan& plan, const AddressOf& address_of)
+      : container_(container), plan_(plan), address_of_(address_of) {
+    item_of_.assign(container.manifest().tensors.size(), -1);
+    for (size_t i = 0; i < plan.stream.size(); ++i) item_of_[plan.stream[i].tensor] = static_cast<int32_t>(i);
+  }
+
+  Result<std::vector<Step>> build() {
+    const int32_t layers = static_cast<int32_t>(container_.manifest().hyper.layers);
+    for (layer_ = 0; layer_ < layers; ++layer_) {
+      norm(Role::attn_norm);
+      matmul(Slot::normed, false, {{Role::q, Slot::q, Role::q_bias}, {Role::k, Slot::k, Role::k_bias},
+                                   {Role::v, Slot::v, Role::v_bias}});
+      rope();
+      plain(OpKind::attention, Stage::attention);
+      matmul(Slot::attended, true, {{Role::o, Slot::residual, kNoBias}});
+      norm(Role::ffn_norm);
+      matmul(Slot::normed, false, {{Role::gate, Slot::gate, kNoBias}, {Role::up, Slot::up, kNoBias}});
+      plain(OpKind::swiglu, Stage::activation);
+      matmul(Slot::gate, true, {{Role::down, Slot::residual, kNoBias}});
+    }
+    layer_ = -1;
+    const size_t body = steps_.size();
+    plain(OpKind::select_rows, Stage::lm_head);
+    norm(Role::output_norm);
+    matmul(Slot::normed, false, {{Role::lm_head, Slot::logits, kNoBias}});
+    for (size_t i = body; i < steps_.size(); ++i) {
+      steps_[i].stage = Stage::lm_head;
+      steps_[i].for_logits = true;
+    }
+
+    int32_t item = 0;
+    for (const Step& step : steps_) {
+      if (step.stream_item < 0) continue;
+      if (step.stream_item != item) {
+        const Tensor& tensor = container_.manifest().tensors[plan_.stream[static_cast<size_t>(item)].tensor];
+        return fail(ErrorCode::corrupt,
+                    fmt::format("{}: tensor {} is out of execution order, so it cannot be streamed; import the model "
+                                "again", container_.path(), tensor.name));
+      }
+      ++item;
+    }
+    SLUICE_CHECK(static_cast<size_t>(item) == plan_.stream.size());
+    return std::move(steps_);
+  }
+
+ private:
+  uint32_t index_of(const Tensor* tensor) const {
+    return static_cast<uint32_t>(tensor - container_.manifest().tensors.data());
+  }
+
+  Op op(OpKind kind) const {
+    Op op;
+    op.kind = kind;
+    op.layer = layer_ < 0 ? 0 : static_cast<uint32_t>(layer_);
+    return op;
+  }
+
+  // Vectors are always resident.
+  void set_vector(Op& op, int slot, Role role) const {
+    const Tensor* tensor = container_.find(role, layer_);
+    if (tensor == nullptr) return;
+    op.has_vector[slot] = true;
+    op.vectors[slot] = address_of_(index_of(tensor));
+  }
+
+  void plain(OpKind kind, Stage stage) { steps_.push_back({.op = op(kind), .stage = stage}); }
+
+  void norm(Role role) {
+    Op norm = op(OpKind::rms_norm);
+    norm.in = Slot::residual;
+    norm.out[0] = Slot::normed;
+    set_vector(norm, 0, role);
+    steps_.push_back({.op = norm, .stage = Stage::norm});
+  }
+
+  void rope() {
+    Op turn = op(OpKind::head_norm_rope);
+    set_vector(turn, 0, Role::q_norm);
+    set_vector(turn, 1, Role::k_norm);
+    steps_.push_back({.op = turn, .stage = Stage::rope});
+  }
+
+  void matmul(Slot in, bool accumulate, std::initializer_list<Product> products) {
+    bool open = false;  // the last step is a resident matmul of this input that may take more
+    for (const Product& product : products) {
+      const Tensor* tensor = container_.find(product.matrix, layer_);
+      SLUICE_CHECK(tensor != nullptr);  // completeness is checked at open
+      const uint32_t index = index_of(tensor);
+      const int32_t item = item_of_[index];
+      if (!open || item >= 0) {
+        Op first = op(OpKind::matmul);
+        first.in = in;
+        first.accumulate = accumulate;
+        steps_.push_back({.op = first, .stage = Stage::matmul, .stream_item = item});
+      }
+      open = item < 0;
+      Op& target = steps_.back().op;
+      const int slot = target.weight_count++;
+      target.weights[slot] = weight(*tensor, address_of_(index));
+      target.out[slot] = product.out;
+      if (product.bias != kNoBias) set_vector(target, slot, product.bias);
+    }
+  }
+
+  static backend::Weight weight(const Tensor& tensor, DeviceAddress at) {
+    backend::Weight weight{.scheme = tensor.scheme, .layout = tensor.layout, .rows = tensor.rows, .cols = tensor.cols,
+                           .group_elems = tensor.group_elems, .scale = std::ldexp(1.0f, tensor.scale_exponent)};
+    for (const storage::Plane& plane : tensor.planes) {
+      const DeviceAddress address = at + (plane.offset - tensor.offset());
+      switch (plane.kind) {
+        case PlaneKind::values: weight.values = address; break;
+        case PlaneKind::scales: weight.scales = address; break;
+        case PlaneKind::zeros: weight.zeros = address; weight.has_zeros = true; break;
+        case PlaneKind::bias: weight.bias = address; weight.has_bias = true; break;
+        default: break;  // residual planes are not read
+      }
+    }
+    return weight;
+  }
+
+  const storage::Container& container_;
+  const plan::Plan& plan_;
+  const AddressOf& address_of_;
+  std::vector<int32_t> item_of_;   // by tensor
+  int32_t layer_ = 0;
+  std::vector<Step> steps_;
+};
+
+}  // namespace
+
+Result<std::vector<Step>> build_program(const storage::Container& container, const plan::Plan& plan,
+                                        const AddressOf& address_of) {
+  return Builder(container, plan, address_of).build();
+}
+
+}  // namespace sluice::exec

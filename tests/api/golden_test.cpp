@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whole models against the answers of Hugging Face transformers (tests/golden).
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "golden_model.hpp"
+#include "tiny_container.hpp"
+
+namespace {
+
+using namespace sluice;
+using namespace sluice::test;
+
+// F16 weights, FP32 activations: what is left is the FP16 KV cache and rounding.
+constexpr double kF16Error = 2e-3;
+// INT8 activations in groups of 32: half a step of max|x|/127 each, averaged over a dot product and through two layers.
+constexpr double kInt8ActivationError = 4e-2;
+// Below this margin between the two best logits a differing token is rounding.
+constexpr float kTellingMargin = 0.02f;
+
+double log_probability(std::span<const float> logits, int32_t token) {
+  const double largest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(logit - largest);
+  return logits[static_cast<size_t>(token)] - largest - std::log(sum);
+}
+
+std::span<const float> row(const std::vector<float>& logits, size_t index, size_t vocab) {
+  return std::span(logits).subspan(index * vocab, vocab);
+}
+
+}  // namespace
+
+TEST_CASE("F16 imports of the golden models give the reference's logits and log-probabilities") {
+  const TempFolder folder;
+  for (const std::string& name : kGoldenModels) {
+    const std::string path = folder.file(name + ".sluice");
+    import_golden(name, path, WeightFormat::f16);
+    const Model model = open_or_fail(path, {.context = 512, .cpu_activations = Activations::f32});
+    const Expected expected(name);
+    const size_t vocab = model.info().vocab;
+    for (size_t i = 0; i < expected.prompts.size(); ++i) {
+      const std::string suffix = "." + std::to_string(i);
+      const std::vector<int32_t> tokens = expected.array<int32_t>("tokens" + suffix);
+      const std::vector<float> logits = score_all(model, tokens);
+      const double last = relative_error(row(logits, tokens.size() - 1, vocab), expected.array<float>("logits_last" + suffix));
+      double sum = 0;
+      for (size_t k = 1; k < tokens.size(); ++k) sum += log_probability(row(logits, k - 1, vocab), tokens[k]);
+      const double expected_sum = expected.prompts[i]["sum_logprob"];
+      std::printf("%s prompt %zu: last logits off by %.2e, sum_logprob %.3f (reference %.3f)\n", name.c_str(), i, last, sum,
+                  expected_sum);
+      INFO(name << " prompt " << i);
+      CHECK(last <= kF16Error);
+      CHECK(std::abs(sum - expected_sum) <= 1e-3 * std::abs(expected_sum));
+      if (expected.has("logits_all" + suffix)) {
+        CHECK(relative_error(logits, expected.array<float>("logits_all" + suffix)) <= kF16Error);
+      }
+    }
+  }
+}
+
+TEST_CASE("fed the reference's greedy tokens, every argmax with a telling margin is the reference's") {
+  const TempFolder folder;
+  size_t steps = 0, wrong = 0;
+  for (const std::string& name : kGoldenModels) {
+    const std::string path = folder.file(name + ".sluice");
+    import_golden(name, path, WeightFormat::f16);
+    const Model model = open_or_fail(path, {.context = 512, .cpu_activations = Activations::f32});
+    const Expected expected(name);
+    const size_t vocab = model.info().vocab;
+    for (size_t i = 0; i < expected.prompts.size(); ++i) {
+      const std::string suffix = "." + std::to_string(i);
+      std::vector<int32_t> tokens = expected.array<int32_t>("tokens" + suffix);
+      const size_t prompt = tokens.size();
+      const std::vector<int32_t> greedy = expected.array<int32_t>("greedy" + suffix);
+      const std::vector<float> margin = expected.array<float>("margin" + suffix);
+      REQUIRE(greedy.size() == margin.size());
+      tokens.insert(tokens.end(), greedy.begin(), greedy.end() - 1);
+      const std::vector<float> logits = score_all(model, tokens);
+      for (size_t k = 0; k < greedy.size(); ++k) {
+        if (margin[k] <= kTellingMargin) continue;
+        const std::span<const float> step = row(logits, prompt - 1 + k, vocab);
+        ++steps;
+        const auto best = static_cast<int32_t>(std::max_element(step.begin(), step.end()) - step.begin());
+        if (best == greedy[k]) continue;
+        ++wrong;
+        std::printf("%s prompt %zu step %zu: token %d, reference %d (margin %.4f)\n", name.c_str(), i, k, best, greedy[k],
+                    static_cast<double>(margin[k]));
+      }
+    }
+  }
+  std::printf("%zu greedy steps checked, %zu wrong\n", steps, wrong);
+  CHECK(steps > 300);
+  CHECK(wrong == 0);
+}
+
+TEST_CASE("INT8 activations on INT4 imports stay within 4e-2 of FP32 activations") {
+  const TempFolder folder;
+  for (const std::string& name : kGoldenModels) {
+    const std::string path = folder.file(name + ".sluice");
+    import_golden(name, path, WeightFormat::int4, 32);
+    const Model exact = open_or_fail(path, {.context = 512, .cpu_activations = Activations::f32});
+    const Model rounded = open_or_fail(path, {.context = 512, .cpu_activations = Activations::int8});
+    const Expected expected(name);
+    for (size_t i = 0; i < expected.prompts.size(); ++i) {
+      const std::vector<int32_t> tokens = expected.array<int32_t>("tokens." + std::to_string(i));
+      const double error = relative_error(score_all(rounded, tokens), score_all(exact, tokens));
+      std::printf("%s prompt %zu: INT8 activations off by %.2e\n", name.c_str(), i, error);
+      INFO(name << " prompt " << i);
+      CHECK(error <= kInt8ActivationError);
+      CHECK(error > 0);
+    }
+  }
+}
