@@ -16,8 +16,8 @@ namespace {
 
 // Bytes after which a rate of reading says something.
 constexpr uint64_t kTellingBytes = 32ull << 20;
-// Of memory, read twice for the prediction: 20 ms, and larger than most caches.
-constexpr uint64_t kRateSampleBytes = 64ull << 20;
+// Of memory, read twice for the prediction: 8 ms, and as large as most caches.
+constexpr uint64_t kRateSampleBytes = 32ull << 20;
 
 storage::IoMode mode_of(Io io) {
   switch (io) {

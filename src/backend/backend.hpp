@@ -123,6 +123,9 @@ class Backend {
   virtual Result<DeviceAddress> allocate(uint64_t bytes, const std::string& what) = 0;
   // Makes host memory known to the copy engine (pins it); it must outlive the backend's last copy. Open time only.
   virtual Status register_host(std::span<std::byte> memory) = 0;
+  // So many bytes at an address as host memory, where the device's memory is the host's (the CPU): loading then reads
+  // straight into it. Empty elsewhere.
+  virtual std::span<std::byte> host_view(DeviceAddress, uint64_t /*bytes*/) { return {}; }
   // Host memory as a device address, where computes_in_host_memory(). It must outlive the backend.
   virtual Result<DeviceAddress> import_host(std::span<const std::byte> memory) = 0;
 

@@ -35,11 +35,15 @@ Result<std::unique_ptr<Weights>> Weights::open(const storage::Container& contain
 
   const bool streams_disk = std::any_of(plan.stream.begin(), plan.stream.end(),
                                         [](const plan::StreamItem& item) { return item.tier == Tier::disk; });
-  std::unique_ptr<storage::ReadQueue> queue;
-  if (!self->loads_.empty() || streams_disk) {
+  const bool stages = streams_disk || std::any_of(self->loads_.begin(), self->loads_.end(),
+                                                  [](const Load& load) { return load.host == nullptr; });
+  if (stages) {
     SLUICE_TRY_ASSIGN(staging, Mapping::anonymous(kStagingSlots * kBlockBytes, "staging ring"));
     self->staging_ = std::move(staging);
     SLUICE_TRY(backend.register_host(self->staging_.bytes()));
+  }
+  std::unique_ptr<storage::ReadQueue> queue;
+  if (!self->loads_.empty() || streams_disk) {
     SLUICE_TRY_ASSIGN(opened, storage::ReadQueue::open(container.path(),
                                                        {.mode = in_place ? IoMode::automatic : options.io,
                                                         .depth = kReadDepth,
@@ -48,8 +52,10 @@ Result<std::unique_ptr<Weights>> Weights::open(const storage::Container& contain
                                                         .log = options.log}));
     queue = std::move(opened);
     if (!in_place) self->io_name_ = queue->name();
-    const std::span<std::byte> buffers[] = {self->staging_.bytes()};
-    queue->register_buffers(buffers);
+    if (stages) {
+      const std::span<std::byte> buffers[] = {self->staging_.bytes()};
+      queue->register_buffers(buffers);
+    }
     SLUICE_TRY(self->load(options, *queue));
   }
   if (in_place && options.verify_mapping) SLUICE_TRY(self->verify_mapping(options));
@@ -71,11 +77,12 @@ Status Weights::allocate_tiers() {
   uint64_t at = 0;
   if (plan_.resident_bytes > 0) {
     SLUICE_TRY_ASSIGN(resident, backend_.allocate(plan_.resident_bytes, "resident weights"));
+    const std::span<std::byte> view = backend_.host_view(resident, plan_.resident_bytes);
     for (uint32_t i = 0; i < tensors.size(); ++i) {
       if (plan_.tiers[i] != Tier::device) continue;
       addresses_[i] = resident + at;
+      loads_.push_back({.tensor = i, .host = view.empty() ? nullptr : view.data() + at});
       at += tensors[i].padded_bytes();
-      loads_.push_back({.tensor = i, .host = nullptr});
     }
   }
   SLUICE_CHECK(at == plan_.resident_bytes);

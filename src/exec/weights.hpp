@@ -62,10 +62,10 @@ class Weights {
   uint64_t retries() const { return load_retries_ + (prefetcher_ ? prefetcher_->retries() : 0); }
 
  private:
-  // One tensor to be read at open: into host memory, or through staging to the device.
+  // One tensor to be read at open: into memory that the host can write, or through staging to the device.
   struct Load {
     uint32_t tensor = 0;
-    std::byte* host = nullptr;   // null: the device, at addresses_[tensor]
+    std::byte* host = nullptr;   // null: through staging to addresses_[tensor]
   };
   // A staging slot (or, for the host tier, only its place in the queue) while its read is on the way.
   struct Flight {

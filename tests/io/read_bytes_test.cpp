@@ -65,7 +65,7 @@ TEST_CASE("read_bytes of the kernel are passes x disk-tier planes + one fill of 
   REQUIRE(report);
   for (const Io io : {Io::uring, Io::pread}) {
     const uint64_t kernel_before_open = settled_read_bytes();
-    Result<Model> model = Model::open(path, {.device_memory_bytes = report->smallest_device_bytes + (4u << 20),
+    Result<Model> model = Model::open(path, {.device_memory_bytes = report->smallest_device_bytes + (12u << 20),
                                              .host_memory_bytes = 2u << 20, .context = 128, .max_rows = 8, .io = io});
     REQUIRE(model);
     const ModelInfo& info = model->info();

@@ -105,6 +105,10 @@ bool drop_capabilities() {
 
 }  // namespace
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kCounts = false;   // the sanitizer has its own operator new
+#else
+constexpr bool kCounts = true;
 // Counted. Not inlined, or g++ takes malloc and delete for a mismatched pair.
 [[gnu::noinline]] void* operator new(size_t bytes) {
   g_allocations.fetch_add(1, std::memory_order_relaxed);
@@ -114,6 +118,7 @@ bool drop_capabilities() {
 }
 [[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
 [[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+#endif
 
 TEST_CASE("reads of any place, size and depth return the file, in every mode") {
   const auto content = random_bytes(kFileBytes, 1);
@@ -462,7 +467,8 @@ TEST_CASE("nothing is allocated after open") {
     while (queue->in_flight() > 0) finished += queue->wait().has_value();
     const uint64_t after = g_allocations.load();
     CHECK(finished == 500);
-    CHECK(after - before == 0);
+    if (kCounts) CHECK(after - before == 0);
+    else WARN("allocations are not counted under the sanitizer");
   }
 }
 

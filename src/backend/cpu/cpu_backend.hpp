@@ -47,6 +47,7 @@ class CpuBackend final : public Backend {
 
   Result<DeviceAddress> allocate(uint64_t bytes, const std::string& what) override;
   Status register_host(std::span<std::byte> memory) override;
+  std::span<std::byte> host_view(DeviceAddress address, uint64_t bytes) override { return {at(address, bytes), bytes}; }
   Result<DeviceAddress> import_host(std::span<const std::byte> memory) override;
 
   Status copy_to_device(DeviceAddress dest, std::span<const std::byte> source) override;
