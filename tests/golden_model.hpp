@@ -4,17 +4,20 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
+#include "backend/backend.hpp"
 #include "catch.hpp"
 #include "sluice/sluice.hpp"
 
@@ -74,8 +77,30 @@ inline void import_golden(const std::string& model, const std::string& output, W
   REQUIRE(report);
 }
 
+// The backend that a test runs on: SLUICE_TEST_BACKEND, or the CPU. Where its device is not there, the test ends with
+// Meson's "skipped".
+inline const std::string& backend_under_test() {
+  static const std::string name = [] {
+    const char* chosen = std::getenv("SLUICE_TEST_BACKEND");
+    if (chosen == nullptr || std::strcmp(chosen, "cuda") != 0) return std::string("cpu");
+    const Result<std::unique_ptr<backend::Backend>> cuda = backend::make_cuda_backend({});
+    if (!cuda && cuda.error().code == ErrorCode::not_found) {
+      std::printf("skipped: %s\n", cuda.error().message.c_str());
+      std::fflush(stdout);
+      std::_Exit(77);
+    }
+    return std::string("cuda");
+  }();
+  return name;
+}
+inline ModelOptions under_test(ModelOptions options) {
+  if (options.backend == "auto") options.backend = backend_under_test();
+  return options;
+}
+inline bool on_gpu() { return backend_under_test() == "cuda"; }
+
 inline Model open_or_fail(const std::string& path, ModelOptions options) {
-  Result<Model> model = Model::open(path, std::move(options));
+  Result<Model> model = Model::open(path, under_test(std::move(options)));
   INFO((model ? std::string() : model.error().message));
   REQUIRE(model);
   return std::move(*model);

@@ -18,6 +18,7 @@
 #include <fmt/format.h>
 
 #include "backend/cpu/kernels.hpp"
+#include "backend/cuda/rates.hpp"
 #include "base/handles.hpp"
 #include "base/memory_rate.hpp"
 #include "base/units.hpp"
@@ -235,6 +236,33 @@ Finding cpu_finding() {
              "the kernels are slow without AVX2; in a virtual machine, pass the host's CPU model through");
 }
 
+// A machine without a GPU is in order: that is one finding without a remedy.
+void cuda_findings(std::vector<Finding>& findings) {
+  using backend::cuda::Rates;
+  const Result<Rates> rates = backend::cuda::measure_rates(0, backend::cuda::RateDetail::all);
+  if (!rates) {
+    const bool absent = rates.error().code == ErrorCode::not_found;
+    if (absent) findings.push_back(good("CUDA", rates.error().message));
+    else findings.push_back(bad("CUDA", rates.error().message, "see nvidia-smi: what else uses the GPU, and its health"));
+    return;
+  }
+  findings.push_back(good("CUDA", fmt::format("{}, sm_{}{}, {} of {} free, driver for CUDA {}.{}", rates->device,
+                                              rates->major, rates->minor, format_bytes(rates->free_bytes),
+                                              format_bytes(rates->total_bytes), rates->driver / 1000,
+                                              rates->driver % 1000 / 10)));
+  findings.push_back(good("device memory read", rate_text(rates->read)));
+  std::string copies;
+  for (const Rates::Copy& copy : rates->copies) {
+    copies += fmt::format("{}{} KiB: {}", copies.empty() ? "" : ", ", copy.chunk_bytes / kKiB, rate_text(copy.rate));
+  }
+  findings.push_back(good("host to device, pinned", copies));
+  findings.push_back(good("copy beside kernel", fmt::format("copy {} ({:.0f}%), read {} ({:.0f}%)",
+                                                            rate_text(rates->copy_beside_read),
+                                                            100 * rates->copy_beside_read / rates->bus(),
+                                                            rate_text(rates->read_beside_copy),
+                                                            100 * rates->read_beside_copy / rates->read)));
+}
+
 }  // namespace
 
 Result<double> measure_disk(const std::string& path, uint64_t bytes, Io io) {
@@ -259,6 +287,15 @@ double measure_memory_copy() {
 
 double measure_memory_read(uint32_t threads) { return memory_read_rate(threads, kSampleBytes, kRounds); }
 
+Result<DeviceRates> measure_device(const std::string& backend) {
+  if (backend != "cpu") {
+    Result<backend::cuda::Rates> rates = backend::cuda::measure_rates(0, backend::cuda::RateDetail::bandwidths);
+    if (rates) return DeviceRates{.device = rates->device, .read = rates->read, .bus = rates->bus()};
+    if (backend != "auto") return fail(std::move(rates.error()));
+  }
+  return DeviceRates{.device = "cpu", .read = measure_memory_read(0), .bus = measure_memory_copy()};
+}
+
 std::vector<Finding> examine_machine(const std::string& folder) {
   std::vector<Finding> findings;
   findings.push_back(kernel_finding());
@@ -272,7 +309,7 @@ std::vector<Finding> examine_machine(const std::string& folder) {
   };
   measured("memory copy, one thread", measure_memory_copy());
   measured("memory read, all threads", measure_memory_read(0));
-  findings.push_back(good("CUDA", "not built into this version"));
+  cuda_findings(findings);
   findings.push_back(good("Vulkan", "not built into this version"));
   return findings;
 }

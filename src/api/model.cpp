@@ -59,7 +59,7 @@ ModelInfo info_of(const exec::Engine& engine, uint32_t context) {
   info.disk_weight_bytes = plan.disk_bytes;
   info.ring_bytes = plan.ring_bytes;
   info.kv_bytes = plan.kv_bytes;
-  info.scratch_bytes = plan.scratch_bytes;
+  info.scratch_bytes = plan.scratch_bytes + plan.overhead_bytes;
   info.staging_bytes = engine.weights().staging_bytes();
   return info;
 }

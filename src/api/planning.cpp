@@ -17,11 +17,21 @@ constexpr uint32_t kMostContext = 1u << 24;
 constexpr uint32_t kDefaultRows = 512;        // of a prefill pass, as the planner chooses where everything fits
 constexpr uint32_t kDefaultLogitRows = 8;
 constexpr double kShareOfFreeMemory = 0.8;    // taken without being asked: the rest of the machine goes on living
+// ... of a GPU's free memory this much is left: a desktop's windows come and go.
+constexpr uint64_t kDeviceMargin = 512 * kMiB;
+constexpr uint64_t kDeviceMarginShare = 20;   // or this part of all of it, if that is more
 
 Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& options) {
-  if (options.backend != "auto" && options.backend != "cpu") {
-    return fail(ErrorCode::not_found,
-                fmt::format("backend \"{}\" is not in this build; there are: auto, cpu", options.backend));
+  const bool automatic = options.backend == "auto";
+  if (!automatic && options.backend != "cpu" && options.backend != "cuda") {
+    return fail(ErrorCode::usage,
+                fmt::format("backend \"{}\" does not exist; there are: auto, cuda, cpu", options.backend));
+  }
+  // A mapping is computed in where it is, which a GPU cannot.
+  if (options.backend == "cuda" || (automatic && options.io != Io::mmap)) {
+    Result<std::unique_ptr<backend::Backend>> cuda = backend::make_cuda_backend({.device = 0, .log = options.log});
+    if (cuda || !automatic) return cuda;
+    log_info(options.log, fmt::format("running on the CPU: {}", cuda.error().message));
   }
   const auto activations = options.cpu_activations == Activations::f32 ? backend::CpuActivations::f32
                                                                        : backend::CpuActivations::int8;
@@ -46,12 +56,19 @@ Result<uint32_t> choose_context(const storage::Container& container, const Model
 // Bytes that hold everything the model could use.
 uint64_t full_need(const storage::Manifest& manifest, const plan::Inputs& inputs) {
   const plan::FixedNeed fixed = inputs.fixed_need(inputs.max_rows == 0 ? kDefaultRows : inputs.max_rows);
-  uint64_t bytes = fixed.kv_bytes + fixed.scratch_bytes;
+  uint64_t bytes = fixed.kv_bytes + fixed.scratch_bytes + fixed.overhead_bytes;
   for (const storage::Tensor& tensor : manifest.tensors) {
     if (tensor.role == storage::Role::token_embedding) continue;
     if (!inputs.in_place || tensor.is_vector()) bytes += tensor.padded_bytes();
   }
   return bytes;
+}
+
+// What may be taken without being asked. The overhead is taken already, and is part of a budget all the same.
+uint64_t free_to_take(const backend::DeviceMemory& device) {
+  if (device.total_bytes == 0) return static_cast<uint64_t>(kShareOfFreeMemory * static_cast<double>(available_memory()));
+  const uint64_t margin = std::max(kDeviceMargin, device.total_bytes / kDeviceMarginShare);
+  return device.overhead_bytes + device.free_bytes - std::min(device.free_bytes, margin);
 }
 
 }  // namespace
@@ -73,12 +90,14 @@ Result<Opening> open_and_plan(const std::string& path, const ModelOptions& optio
   inputs.max_rows = options.max_rows;
   inputs.in_place = options.io == Io::mmap;
   inputs.bandwidths = {.disk = bandwidths.disk, .bus = bandwidths.bus, .device_memory = bandwidths.device_memory};
-  inputs.fixed_need = [&shape, &backend](uint32_t rows) {
+  const backend::DeviceMemory device = backend->device_memory();
+  inputs.fixed_need = [&](uint32_t rows) {
     backend::Shape sized = shape;
     sized.max_rows = rows;
     sized.max_logit_rows = std::min(shape.max_logit_rows, rows);
     const backend::MemoryNeed need = backend->memory_need(sized);
-    return plan::FixedNeed{.kv_bytes = need.kv_bytes, .scratch_bytes = need.scratch_bytes};
+    return plan::FixedNeed{.kv_bytes = need.kv_bytes, .scratch_bytes = need.scratch_bytes,
+                           .overhead_bytes = device.overhead_bytes};
   };
   if (inputs.in_place && !backend->computes_in_host_memory()) {
     return fail(ErrorCode::usage, fmt::format("--io mmap needs a backend that computes in host memory, and {} does not; "
@@ -89,7 +108,7 @@ Result<Opening> open_and_plan(const std::string& path, const ModelOptions& optio
     inputs.device_budget_bytes = *options.device_memory_bytes;
   } else {
     const uint64_t need = full_need(manifest, inputs);
-    const auto free = static_cast<uint64_t>(kShareOfFreeMemory * static_cast<double>(available_memory()));
+    const uint64_t free = free_to_take(device);
     inputs.device_budget_bytes = std::min(need, free);
     if (need > free) {
       log_info(options.log, fmt::format("the model could use {}, of which {} are free to take; the rest of its weights is "
@@ -113,10 +132,11 @@ namespace sluice {
 Result<PlanReport> plan_model(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths) {
   SLUICE_TRY_ASSIGN(opening, api::open_and_plan(path, options, bandwidths));
   const plan::Plan& plan = opening.plan;
-  PlanReport report{.device_bytes = opening.device_budget_bytes, .host_bytes = options.host_memory_bytes,
+  PlanReport report{.backend = opening.backend->name(), .device_bytes = opening.device_budget_bytes, .host_bytes = options.host_memory_bytes,
                     .resident_bytes = plan.resident_bytes, .host_tier_bytes = plan.host_bytes,
                     .disk_tier_bytes = plan.disk_bytes, .ring_bytes = plan.ring_bytes, .kv_bytes = plan.kv_bytes,
-                    .scratch_bytes = plan.scratch_bytes, .context = opening.context, .max_rows = plan.max_rows,
+
+                    .scratch_bytes = plan.scratch_bytes + plan.overhead_bytes, .context = opening.context, .max_rows = plan.max_rows,
                     .smallest_device_bytes = plan.smallest_device_bytes, .pass_seconds = plan.pass_seconds,
                     .tokens_per_second = plan.pass_seconds > 0 ? 1 / plan.pass_seconds : 0, .bound = plan.bound,
                     .tensors = {}};

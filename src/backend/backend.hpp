@@ -102,6 +102,13 @@ struct MemoryNeed {
   uint64_t scratch_bytes = 0;         // activations and whatever else `prepare` allocates
 };
 
+// A device with memory of its own; all 0 where it is the host's.
+struct DeviceMemory {
+  uint64_t total_bytes = 0;
+  uint64_t free_bytes = 0;            // now
+  uint64_t overhead_bytes = 0;        // that the process takes by using the device at all: context, kernels, graphs
+};
+
 using EventId = uint32_t;
 
 class Backend {
@@ -114,6 +121,7 @@ class Backend {
   virtual bool computes_in_host_memory() const = 0;
   virtual uint64_t preferred_copy_bytes() const = 0;   // copies below this size waste the bus
 
+  virtual DeviceMemory device_memory() const { return {}; }
   // What `prepare(shape)` will take, exactly.
   virtual MemoryNeed memory_need(const Shape& shape) const = 0;
   // Allocates KV cache and scratch. Once. Error: out_of_memory.
@@ -123,8 +131,10 @@ class Backend {
   virtual Result<DeviceAddress> allocate(uint64_t bytes, const std::string& what) = 0;
   // Makes host memory known to the copy engine (pins it); it must outlive the backend's last copy. Open time only.
   virtual Status register_host(std::span<std::byte> memory) = 0;
-  // So many bytes at an address as host memory, where the device's memory is the host's (the CPU): loading then reads
-  // straight into it. Empty elsewhere.
+  // Before registered memory is given back: waits for the copies out of it.
+  virtual void unregister_host(std::span<std::byte> /*memory*/) {}
+  // So many bytes at an address as host memory, where the device's memory is the host's (the CPU): loading then reads straight
+  // into it. Empty elsewhere.
   virtual std::span<std::byte> host_view(DeviceAddress, uint64_t /*bytes*/) { return {}; }
   // Host memory as a device address, where computes_in_host_memory(). It must outlive the backend.
   virtual Result<DeviceAddress> import_host(std::span<const std::byte> memory) = 0;
@@ -167,5 +177,12 @@ struct CpuOptions {
   LogHook log;
 };
 Result<std::unique_ptr<Backend>> make_cpu_backend(const CpuOptions& options);
+
+struct CudaOptions {
+  int device = 0;                     // as CUDA counts the devices that this process sees
+  LogHook log;
+};
+// Errors: not_found (a build without CUDA, no driver, one too old, no device, no kernels for it), device.
+Result<std::unique_ptr<Backend>> make_cuda_backend(const CudaOptions& options);
 
 }  // namespace sluice::backend

@@ -36,7 +36,7 @@ struct Repetition {
 
 // What the same machine could do at best, right now. Zero: not measured.
 struct Ceiling {
-  double disk_rate = 0, memory_rate = 0;
+  double disk_rate = 0, bus_rate = 0, memory_rate = 0;
   double pass_seconds = 0;                  // of a decode pass that only moved its bytes
   std::string bound;
 };
@@ -82,28 +82,31 @@ Result<Repetition> repeat_once(Session& session, std::span<const int32_t> prompt
   return times;
 }
 
-// Disk bytes at the disk's rate, or all weights at the memory's rate, whichever takes longer.
+// Disk bytes at the drive's rate, streamed bytes at the bus's, all weights at the device memory's: whichever takes longest.
 Ceiling measure_ceiling(const Flags& flags, const ModelInfo& model, const Timings& timings) {
   Ceiling ceiling;
-  ceiling.memory_rate = measure_memory_read(flags.options.threads);
-  if (ceiling.memory_rate > 0) {
-    const uint64_t bytes = model.device_weight_bytes + model.host_weight_bytes + model.disk_weight_bytes;
-    ceiling.pass_seconds = static_cast<double>(bytes) / ceiling.memory_rate;
-    ceiling.bound = "memory";
+  const auto stage = [&ceiling](const char* name, uint64_t bytes, double rate) {
+    const double seconds = rate > 0 ? static_cast<double>(bytes) / rate : 0;
+    if (seconds <= ceiling.pass_seconds) return;
+    ceiling.pass_seconds = seconds;
+    ceiling.bound = name;
+  };
+  const uint64_t streamed = model.host_weight_bytes + model.disk_weight_bytes;
+  if (model.backend == "cuda") {
+    Result<DeviceRates> device = measure_device(model.backend);
+    if (!device) note("warning: the GPU could not be measured: " + device.error().message);
+    if (device) ceiling.memory_rate = device->read, ceiling.bus_rate = device->bus;
+    stage("bus", streamed, ceiling.bus_rate);
+  } else {
+    ceiling.memory_rate = measure_memory_read(flags.options.threads);
   }
+  stage("memory", model.device_weight_bytes + streamed, ceiling.memory_rate);
   if (timings.disk_bytes_per_pass == 0) return ceiling;
   constexpr uint64_t kSampleBytes = 1u << 30;
   Result<double> disk = measure_disk(flags.path, kSampleBytes, flags.options.io);
-  if (!disk) {
-    note("warning: the disk could not be measured: " + disk.error().message);
-    return ceiling;
-  }
-  ceiling.disk_rate = *disk;
-  const double seconds = *disk > 0 ? static_cast<double>(timings.disk_bytes_per_pass) / *disk : 0;
-  if (seconds > ceiling.pass_seconds) {
-    ceiling.pass_seconds = seconds;
-    ceiling.bound = "disk";
-  }
+  if (disk) ceiling.disk_rate = *disk;
+  else note("warning: the disk could not be measured: " + disk.error().message);
+  stage("disk", timings.disk_bytes_per_pass, ceiling.disk_rate);
   return ceiling;
 }
 
@@ -143,6 +146,7 @@ nlohmann::json figures(const Flags& flags, const std::vector<Repetition>& repeti
           {"weight_bytes_per_pass", model.device_weight_bytes + model.host_weight_bytes + model.disk_weight_bytes},
           {"ceiling",
            {{"bound", ceiling.bound}, {"disk_bytes_per_second", ceiling.disk_rate},
+            {"bus_bytes_per_second", ceiling.bus_rate},
             {"memory_bytes_per_second", ceiling.memory_rate}, {"pass_seconds", ceiling.pass_seconds},
             {"share", ceiling.pass_seconds * decode_rate}}},
           {"timings", timing_json(model, timings)}};
@@ -164,10 +168,10 @@ std::string table(const nlohmann::json& f) {
                       bytes_text(f["weight_bytes_per_pass"].get<uint64_t>()));
   const nlohmann::json& ceiling = f["ceiling"];
   if (ceiling["pass_seconds"].get<double>() > 0) {
-    const bool disk = ceiling["bound"] == "disk";
+    const std::string bound = ceiling["bound"];
     text += fmt::format("{:<18}decode reaches {:.1f}% of the {} bandwidth measured now ({})\n", "ceiling",
-                        ceiling["share"].get<double>() * 100, disk ? "disk" : "memory",
-                        rate_text(ceiling[disk ? "disk_bytes_per_second" : "memory_bytes_per_second"].get<double>()));
+                        ceiling["share"].get<double>() * 100, bound,
+                        rate_text(ceiling[bound + "_bytes_per_second"].get<double>()));
   }
   return text;
 }

@@ -92,7 +92,8 @@ std::vector<std::pair<std::string, WeightFormat>> weight_formats() {
 
 void add_model_flags(CLI::App& verb, ModelOptions& options) {
   add_size(verb, "--device-memory", [&options](uint64_t bytes) { options.device_memory_bytes = bytes; },
-           "Budget for resident weights, stream ring, KV cache and scratch (default: all that the model needs)")
+           "Budget for all that is taken of the device's memory: resident weights, stream ring, KV cache, scratch, a GPU's "
+           "context (default: all that the model needs)")
       ->group("Memory");
   add_size(verb, "--host-memory", [&options](uint64_t bytes) { options.host_memory_bytes = bytes; },
            "Budget for weights that are copied to the device in every pass (default 0); the rest stays on disk")
@@ -108,9 +109,9 @@ void add_model_flags(CLI::App& verb, ModelOptions& options) {
                      [&options](Verify verify) { options.verify = verify; },
                      "Checksums of a mapping (--io mmap) at opening (default open); what is read is always checked")
       ->group("Machine");
-  add_choice<std::string>(verb, "--backend", {{"auto", "auto"}, {"cpu", "cpu"}},
+  add_choice<std::string>(verb, "--backend", {{"auto", "auto"}, {"cuda", "cuda"}, {"cpu", "cpu"}},
                           [&options](const std::string& name) { options.backend = name; },
-                          "What computes (default auto)")
+                          "What computes (default auto: a GPU where there is one, else the CPU)")
       ->group("Machine");
   verb.add_option("-t,--threads", options.threads, "Threads of the CPU backend (default: one per core)")
       ->check(CLI::Range(0, 1024))

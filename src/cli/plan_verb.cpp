@@ -22,7 +22,7 @@ struct Flags {
 };
 
 // What was not given is measured, unless the user does not want to wait for it.
-Bandwidths bandwidths_of(const Flags& flags) {
+Bandwidths bandwidths_of(const Flags& flags, const std::string& backend) {
   Bandwidths rates = flags.bandwidths;
   if (flags.no_measure) return rates;
   constexpr uint64_t kSampleBytes = 256u << 20;
@@ -30,6 +30,13 @@ Bandwidths bandwidths_of(const Flags& flags) {
     Result<double> disk = measure_disk(flags.path, kSampleBytes, flags.options.io);
     if (disk) rates.disk = *disk;
     else note("warning: the disk could not be measured: " + disk.error().message);
+  }
+  if (backend == "cuda" && (rates.bus <= 0 || rates.device_memory <= 0)) {
+    Result<DeviceRates> device = measure_device(backend);
+    if (!device) note("warning: the GPU could not be measured: " + device.error().message);
+    if (device && rates.bus <= 0) rates.bus = device->bus;
+    if (device && rates.device_memory <= 0) rates.device_memory = device->read;
+    return rates;
   }
   if (rates.bus <= 0) rates.bus = measure_memory_copy();
   if (rates.cpu_memory <= 0) rates.cpu_memory = measure_memory_read(flags.options.threads);
@@ -42,7 +49,8 @@ nlohmann::json plan_json(const PlanReport& plan, const Bandwidths& rates) {
   for (const PlanReport::Tier& tier : plan.tensors) {
     tensors.push_back({{"tensor", tier.tensor}, {"tier", tier.tier}, {"bytes", tier.bytes}});
   }
-  return {{"device_bytes", plan.device_bytes},
+  return {{"backend", plan.backend},
+          {"device_bytes", plan.device_bytes},
           {"host_bytes", plan.host_bytes},
           {"resident_bytes", plan.resident_bytes},
           {"host_tier_bytes", plan.host_tier_bytes},
@@ -67,6 +75,7 @@ std::string plan_text(const PlanReport& plan, const Bandwidths& rates, bool tens
   const auto line = [&text](const char* name, const std::string& value) {
     text += fmt::format("{:<26}{}\n", name, value);
   };
+  line("backend", plan.backend);
   line("device budget", bytes_text(plan.device_bytes));
   line("  resident weights", bytes_text(plan.resident_bytes));
   line("  stream ring", bytes_text(plan.ring_bytes));
@@ -93,9 +102,8 @@ std::string plan_text(const PlanReport& plan, const Bandwidths& rates, bool tens
 
 Result<int> plan(const Flags& flags) {
   // A file that cannot be planned is refused before anything is measured.
-  SLUICE_TRY_ASSIGN(refused_or_not, plan_model(flags.path, flags.options, {}));
-  (void)refused_or_not;
-  const Bandwidths rates = bandwidths_of(flags);
+  SLUICE_TRY_ASSIGN(unmeasured, plan_model(flags.path, flags.options, {}));
+  const Bandwidths rates = bandwidths_of(flags, unmeasured.backend);
   SLUICE_TRY_ASSIGN(report, plan_model(flags.path, flags.options, rates));
   if (flags.json) SLUICE_TRY(print_json(plan_json(report, rates)));
   else SLUICE_TRY(print(plan_text(report, rates, flags.tensors)));

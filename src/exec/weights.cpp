@@ -70,6 +70,13 @@ Result<std::unique_ptr<Weights>> Weights::open(const storage::Container& contain
   return self;
 }
 
+// The prefetcher stops first, then the copies it started end, then their memory goes.
+Weights::~Weights() {
+  prefetcher_.reset();
+  if (staging_.size() > 0) backend_.unregister_host(staging_.bytes());
+  for (const Mapping& slab : host_slabs_) backend_.unregister_host(slab.bytes());
+}
+
 // One allocation for resident weights and one for the ring. Every tensor gets its address.
 Status Weights::allocate_tiers() {
   const std::vector<Tensor>& tensors = container_.manifest().tensors;

@@ -42,6 +42,10 @@ class Weights {
   static Result<std::unique_ptr<Weights>> open(const storage::Container& container, const plan::Plan& plan,
                                                backend::Backend& backend, const Options& options);
 
+  ~Weights();
+  Weights(const Weights&) = delete;
+  Weights& operator=(const Weights&) = delete;
+
   // Where the first plane of tensor i lies while it is used: fixed, also for streamed tensors. Not for Tier::rows.
   backend::DeviceAddress address(uint32_t tensor) const { return addresses_[tensor]; }
 

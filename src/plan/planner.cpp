@@ -120,7 +120,7 @@ uint32_t choose_rows(const Inputs& inputs, uint64_t weight_bytes) {
   if (inputs.max_rows != 0) return inputs.max_rows;
   uint32_t rows = kMostRows;
   const FixedNeed most = inputs.fixed_need(rows);
-  if (most.kv_bytes + most.scratch_bytes + weight_bytes <= inputs.device_budget_bytes) return rows;
+  if (most.kv_bytes + most.scratch_bytes + most.overhead_bytes + weight_bytes <= inputs.device_budget_bytes) return rows;
   while (rows > 1 && inputs.fixed_need(rows).scratch_bytes > inputs.device_budget_bytes / 8) rows /= 2;
   return rows;
 }
@@ -172,7 +172,7 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
   // The smallest budget: one row a pass, and the best choice of which large matrices to pin.
   const auto fixed_bytes = [&](uint32_t rows) {
     const FixedNeed need = inputs.fixed_need(rows);
-    return need.kv_bytes + need.scratch_bytes + vector_bytes;
+    return need.kv_bytes + need.scratch_bytes + need.overhead_bytes + vector_bytes;
   };
   uint64_t least_weights = UINT64_MAX;
   uint64_t matrix_bytes = 0;
@@ -189,7 +189,7 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
   plan.smallest_device_bytes = smallest_fixed + least_weights;
   if (inputs.device_budget_bytes < plan.smallest_device_bytes) {
     return fail(ErrorCode::budget,
-                fmt::format("a device budget of {} is too small: KV cache and scratch take {}, the stream ring at least {}; "
+                fmt::format("a device budget of {} is too small: KV cache and scratch (and a GPU's context) take {}, the stream ring at least {}; "
                             "give at least --device-memory {}K or a shorter --context",
                             format_bytes(inputs.device_budget_bytes), format_bytes(smallest_fixed),
                             format_bytes(least_weights), ceil_div(plan.smallest_device_bytes, kKiB)));
@@ -203,6 +203,7 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
   const FixedNeed need = inputs.fixed_need(plan.max_rows);
   plan.kv_bytes = need.kv_bytes;
   plan.scratch_bytes = need.scratch_bytes;
+  plan.overhead_bytes = need.overhead_bytes;
   const uint64_t room = inputs.device_budget_bytes - fixed_bytes(plan.max_rows);
 
   // Everything fits, or the choice of pinned matrices that leaves the fewest bytes to stream.

@@ -26,6 +26,7 @@ struct Bandwidths {
 struct FixedNeed {
   uint64_t kv_bytes = 0;
   uint64_t scratch_bytes = 0;
+  uint64_t overhead_bytes = 0;        // whatever the number of rows: a GPU's context
 };
 
 struct Inputs {
@@ -54,13 +55,13 @@ struct Plan {
   std::vector<Tier> tiers;            // by tensor
   std::vector<StreamItem> stream;     // in execution order
   uint32_t max_rows = 0;
-  uint64_t kv_bytes = 0, scratch_bytes = 0, ring_bytes = 0;
+  uint64_t kv_bytes = 0, scratch_bytes = 0, overhead_bytes = 0, ring_bytes = 0;
   uint64_t resident_bytes = 0;        // weights of the device tier, padded
   uint64_t host_bytes = 0, disk_bytes = 0;   // streamed in every pass, padded
   uint64_t smallest_device_bytes = 0; // the budget below which planning fails, at one row a pass
   bool in_place = false;
 
-  uint64_t device_bytes() const { return kv_bytes + scratch_bytes + ring_bytes + resident_bytes; }
+  uint64_t device_bytes() const { return kv_bytes + scratch_bytes + overhead_bytes + ring_bytes + resident_bytes; }
 
   double pass_seconds = 0;            // max over the stages; 0 if nothing is known
   std::string bound;                  // "disk", "bus", "device memory", "compute"; empty if nothing is known

@@ -43,8 +43,9 @@ struct Bandwidths {
 };
 
 struct ModelOptions {
-  // Budgets in bytes. Device memory holds resident weights, the stream ring, the KV cache and scratch; unset: all that
-  // the model needs, as far as the machine's free memory goes, and with Io::mmap no weights. Host memory holds weights
+  // Budgets in bytes. Device memory holds resident weights, the stream ring, the KV cache, scratch, and a GPU's context;
+  // unset: all that the model needs, as far as the free memory goes (of a GPU's a twentieth, at least 512 MiB, is left),
+  // and with Io::mmap no weights. Host memory holds weights
   // that are copied to the device in every pass; the rest stays on disk.
   std::optional<uint64_t> device_memory_bytes;
   uint64_t host_memory_bytes = 0;
@@ -54,7 +55,7 @@ struct ModelOptions {
   uint32_t max_logit_rows = 0;       // rows of a pass that may want logits; 0: 8
   Io io = Io::automatic;
   Verify verify = Verify::open;
-  std::string backend = "auto";      // "auto", "cpu"
+  std::string backend = "auto";      // "cuda", "cpu"; "auto": a GPU where there is one that works, else the CPU
   Activations cpu_activations = Activations::int8;
   uint32_t threads = 0;              // of the CPU backend; 0: one per core
   Bandwidths bandwidths;             // for the prediction in Timings; an unknown disk is what reading so far has shown
@@ -261,8 +262,17 @@ class SLUICE_API TextCodec {
 SLUICE_API Result<double> measure_disk(const std::string& path, uint64_t bytes, Io io = Io::automatic);
 SLUICE_API double measure_memory_copy();
 SLUICE_API double measure_memory_read(uint32_t threads);
+// Bytes per second of the device that `backend` ("auto", "cuda", "cpu") computes on: its memory read by a kernel, and
+// pinned host memory copied into it in chunks of 16 MiB. The CPU's are those of its memory. Takes up to 1.3 GiB of device
+// memory for a second. Errors: not_found, out_of_memory, device.
+struct DeviceRates {
+  std::string device;                // "NVIDIA H200"; "cpu"
+  double read = 0, bus = 0;
+};
+SLUICE_API Result<DeviceRates> measure_device(const std::string& backend);
 
 struct PlanReport {
+  std::string backend;                              // what "auto" came to
   uint64_t device_bytes = 0, host_bytes = 0;        // budgets used
   uint64_t resident_bytes = 0, host_tier_bytes = 0, disk_tier_bytes = 0;
   uint64_t ring_bytes = 0, kv_bytes = 0, scratch_bytes = 0;

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operations of a pass on a GPU: which kernel takes which memory. The arithmetic is in cuda/.
+#include <fmt/format.h>
+
+#include "backend/cuda/cuda_backend.hpp"
+#include "base/check.hpp"
+#include "base/units.hpp"
+#include "cuda/elementwise.hpp"
+#include "cuda/matmul.hpp"
+
+namespace sluice::backend::cuda {
+
+using sluice::cuda::MatmulCall;
+using sluice::cuda::MatmulPart;
+using sluice::cuda::MatmulWeight;
+using sluice::cuda::WeightFormat;
+using sluice::cuda::x_stride;
+using storage::Scheme;
+
+namespace {
+
+WeightFormat format_of(Scheme scheme) {
+  switch (scheme) {
+    case Scheme::int4: return WeightFormat::int4;
+    case Scheme::int8: return WeightFormat::int8;
+    case Scheme::f16: return WeightFormat::f16;
+    case Scheme::bf16: return WeightFormat::bf16;
+    case Scheme::f32: return WeightFormat::f32;
+  }
+  return WeightFormat::f32;
+}
+
+uint64_t value_bytes(const Weight& weight) {
+  const uint64_t tiles = ceil_div(weight.rows, 16);
+  switch (weight.scheme) {
+    case Scheme::int4: return tiles * ceil_div(weight.cols, 64) * 512;
+    case Scheme::int8: return tiles * ceil_div(weight.cols, 64) * 1024;
+    case Scheme::f16:
+    case Scheme::bf16: return tiles * ceil_div(weight.cols, 16) * 512;
+    case Scheme::f32: return uint64_t{weight.rows} * weight.cols * sizeof(float);
+  }
+  return 0;
+}
+
+const char* name_of(OpKind kind) {
+  switch (kind) {
+    case OpKind::rms_norm: return "RMSNorm";
+    case OpKind::matmul: return "a matrix product";
+    case OpKind::head_norm_rope: return "RoPE";
+    case OpKind::attention: return "attention";
+    case OpKind::swiglu: return "SwiGLU";
+    case OpKind::select_rows: return "selecting rows";
+  }
+  return "an operation";
+}
+
+}  // namespace
+
+const float* CudaBackend::vector(const Op& op, int index, uint32_t width) const {
+  if (!op.has_vector[index]) return nullptr;
+  return reinterpret_cast<const float*>(at(op.vectors[index], uint64_t{width} * sizeof(float)));
+}
+
+Status CudaBackend::launch(const Command& command, bool overlap, cudaStream_t stream) {
+  const Target target{.rows = command.rows, .programmatic = overlap && device_.programmatic_launch, .stream = stream};
+  if (command.kind == CommandKind::begin_pass) return check(begin(target), "launching the start of a pass");
+  if (command.kind == CommandKind::copy_logits) {
+    return check(cudaMemcpyAsync(pinned_.logits, slot(Slot::logits), size_t{command.rows} * shape_.vocab * sizeof(float),
+                                 cudaMemcpyDeviceToHost, stream), "copying logits");
+  }
+  const Op& op = command.op;
+  cudaError_t code = cudaErrorNotSupported;
+  switch (op.kind) {
+    case OpKind::rms_norm: code = rms_norm(op, target); break;
+    case OpKind::matmul: code = matmul(op, target); break;
+    case OpKind::head_norm_rope: code = head_norm_rope(op, target); break;
+    case OpKind::attention: code = attention(op, target); break;
+    case OpKind::swiglu: code = swiglu(target); break;
+    case OpKind::select_rows: code = select_rows(target); break;
+  }
+  if (code == cudaSuccess) [[likely]] return {};
+  return check(code, fmt::format("launching {} of layer {}", name_of(op.kind), op.layer));
+}
+
+cudaError_t CudaBackend::begin(const Target& target) const {
+  return sluice::cuda::launch_begin_pass({.host_embeddings = pinned_.embeddings,
+                            .host_table = pinned_.table,
+                            .table_stride = shape_.max_rows,
+                            .inverse_frequencies = scratch<float>(scratch_.inverse_frequencies),
+                            .attention_factor = shape_.rope_attention_factor,
+                            .rows = target.rows,
+                            .hidden = shape_.hidden,
+                            .pairs = shape_.rotary_dims / 2,
+                            .residual = slot(Slot::residual),
+                            .table = {.sessions = scratch<uint32_t>(scratch_.sessions),
+                                      .positions = scratch<uint32_t>(scratch_.positions),
+                                      .selected = scratch<uint32_t>(scratch_.selected)},
+                            .angles = scratch<float2>(scratch_.angles),
+                            .programmatic = target.programmatic}, target.stream);
+}
+
+cudaError_t CudaBackend::rms_norm(const Op& op, const Target& target) const {
+  SLUICE_CHECK(op.in == Slot::residual && op.out[0] == Slot::normed);
+  return sluice::cuda::launch_rms_norm({.in = slot(Slot::residual),
+                          .weight = vector(op, 0, shape_.hidden),
+                          .eps = shape_.norm_eps,
+                          .rows = target.rows,
+                          .width = shape_.hidden,
+                          .out = scratch<__half>(scratch_.slots[static_cast<size_t>(Slot::normed)]),
+                          .row_scale = scratch<float>(scratch_.normed_scale),
+                          .programmatic = target.programmatic}, target.stream);
+}
+
+// Matrices of the same input go in one call.
+cudaError_t CudaBackend::matmul(const Op& op, const Target& target) const {
+  SLUICE_CHECK(op.weight_count >= 1 && op.weight_count <= kMaxWeights);
+  MatmulCall call;
+  switch (op.in) {
+    case Slot::normed:
+      call.x = scratch<__half>(scratch_.slots[static_cast<size_t>(Slot::normed)]);
+      call.row_scale = scratch<float>(scratch_.normed_scale);
+      break;
+    case Slot::attended: call.x = scratch<__half>(scratch_.slots[static_cast<size_t>(Slot::attended)]); break;
+    case Slot::gate:
+      call.x = scratch<__half>(scratch_.gate_x);
+      call.row_scale = scratch<float>(scratch_.gate_scale);
+      break;
+    default: return cudaErrorNotSupported;  // no such input in any architecture
+  }
+  call.ldx = x_stride(width(op.in));
+  call.rows = target.rows;
+  call.parts = op.weight_count;
+  for (int i = 0; i < op.weight_count; ++i) {
+    const Weight& weight = op.weights[i];
+    SLUICE_CHECK(weight.cols == width(op.in) && weight.rows == width(op.out[i]) && op.in != op.out[i]);
+    SLUICE_CHECK(op.out[i] != Slot::logits || target.rows <= shape_.max_logit_rows);
+    MatmulPart& part = call.part[i];
+    part.weight = {.format = format_of(weight.scheme), .rows = weight.rows, .cols = weight.cols,
+                   .group_elems = weight.group_elems, .scale = weight.scale,
+                   .values = at(weight.values, value_bytes(weight))};
+    if (weight.scheme == Scheme::int4 || weight.scheme == Scheme::int8) {
+      const uint64_t parameters = ceil_div(weight.rows, 16) * ceil_div(weight.cols, weight.group_elems) * 16;
+      part.weight.scales = reinterpret_cast<const __half*>(at(weight.scales, parameters * 2));
+      if (weight.has_zeros) part.weight.zeros = reinterpret_cast<const uint8_t*>(at(weight.zeros, parameters));
+      if (weight.has_bias) part.weight.bias = reinterpret_cast<const __half*>(at(weight.bias, parameters * 2));
+    }
+    part.out = slot(op.out[i]);
+    part.ldo = weight.rows;
+    part.vector = vector(op, i, weight.rows);
+  }
+  call.accumulate = op.accumulate;
+  // Weights that overlap the kernel in front are resident, or their copy was seen to be complete before the launch.
+  call.programmatic = call.weights_early = target.programmatic;
+  call.workspace = scratch<void>(scratch_.matmul_workspace);
+  call.workspace_bytes = scratch_.matmul_workspace_bytes;
+  return sluice::cuda::matmul(call, target.stream);
+}
+
+// Also stores k and v.
+cudaError_t CudaBackend::head_norm_rope(const Op& op, const Target& target) const {
+  return sluice::cuda::launch_head_norm_rope_store({.q = slot(Slot::q),
+                                      .k = slot(Slot::k),
+                                      .v = slot(Slot::v),
+                                      .q_stride = width(Slot::q),
+                                      .k_stride = width(Slot::k),
+                                      .v_stride = width(Slot::v),
+                                      .q_norm = vector(op, 0, shape_.head_dim),
+                                      .k_norm = vector(op, 1, shape_.head_dim),
+                                      .eps = shape_.norm_eps,
+                                      .angles = scratch<float2>(scratch_.angles),
+                                      .pairs = shape_.rotary_dims / 2,
+                                      .sessions = scratch<uint32_t>(scratch_.sessions),
+                                      .positions = scratch<uint32_t>(scratch_.positions),
+                                      .row_count = target.rows,
+                                      .heads = shape_.heads,
+                                      .cache = kv_,
+                                      .layer = op.layer,
+                                      .programmatic = target.programmatic}, target.stream);
+}
+
+// The bound is the context: a graph stays valid however long the sequences grow.
+cudaError_t CudaBackend::attention(const Op& op, const Target& target) const {
+  const sluice::cuda::Attention args{.q = slot(Slot::q),
+                                     .q_stride = width(Slot::q),
+                                     .out_x = scratch<__half>(scratch_.slots[static_cast<size_t>(Slot::attended)]),
+                                     .out = nullptr,
+                                     .sessions = scratch<uint32_t>(scratch_.sessions),
+                                     .positions = scratch<uint32_t>(scratch_.positions),
+                                     .row_count = target.rows,
+                                     .heads = shape_.heads,
+                                     .position_bound = shape_.context,
+                                     .cache = kv_,
+                                     .layer = op.layer,
+                                     .workspace = scratch<void>(scratch_.attention_workspace),
+                                     .workspace_bytes = scratch_.attention_workspace_bytes,
+                                     .programmatic = target.programmatic};
+  if (kind_.prefill_attention) return sluice::cuda::launch_attention_prefill(args, target.stream);
+  return sluice::cuda::launch_attention_decode(args, target.stream);
+}
+
+cudaError_t CudaBackend::swiglu(const Target& target) const {
+  return sluice::cuda::launch_swiglu({.gate = slot(Slot::gate),
+                        .up = slot(Slot::up),
+                        .rows = target.rows,
+                        .width = shape_.ffn,
+                        .out = scratch<__half>(scratch_.gate_x),
+                        .row_scale = scratch<float>(scratch_.gate_scale),
+                        .sync = scratch<uint2>(scratch_.swiglu_sync),
+                        .programmatic = target.programmatic}, target.stream);
+}
+
+cudaError_t CudaBackend::select_rows(const Target& target) const {
+  return sluice::cuda::launch_select_rows({.rows = slot(Slot::residual),
+                             .selected = scratch<uint32_t>(scratch_.selected),
+                             .selected_rows = target.rows,
+                             .width = shape_.hidden,
+                             .programmatic = target.programmatic}, target.stream);
+}
+
+}  // namespace sluice::backend::cuda

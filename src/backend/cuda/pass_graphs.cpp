@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backend/cuda/pass_graphs.hpp"
+
+#include <algorithm>
+
+namespace sluice::backend::cuda {
+
+namespace {
+
+// About eight layers: a replay of that many kernels takes the GPU longer than the host needs to submit the next one.
+constexpr size_t kSegmentCommands = 80;
+// Kinds of pass whose graphs are kept; a graph of 900 kernels takes about 1 MiB of host memory.
+constexpr size_t kMostKinds = 24;
+// Passes of more rows are long enough for launches to hide behind their kernels.
+constexpr uint32_t kMostGraphRows = 64;
+
+bool same(DeviceAddress a, DeviceAddress b) { return a.buffer == b.buffer && a.offset == b.offset; }
+
+bool same(const Weight& a, const Weight& b) {
+  return same(a.values, b.values) && same(a.scales, b.scales) && same(a.zeros, b.zeros) && same(a.bias, b.bias) &&
+         a.scheme == b.scheme && a.layout == b.layout && a.rows == b.rows && a.cols == b.cols &&
+         a.group_elems == b.group_elems && a.scale == b.scale && a.has_zeros == b.has_zeros && a.has_bias == b.has_bias;
+}
+
+bool same(const Command& a, const Command& b) {
+  if (a.kind != b.kind || a.rows != b.rows) return false;
+  if (a.kind != CommandKind::operation) return true;
+  const Op& x = a.op;
+  const Op& y = b.op;
+  if (x.kind != y.kind || x.layer != y.layer || x.weight_count != y.weight_count || x.accumulate != y.accumulate ||
+      x.in != y.in) {
+    return false;
+  }
+  for (int i = 0; i < kMaxWeights; ++i) {
+    if (x.has_vector[i] != y.has_vector[i] || x.out[i] != y.out[i]) return false;
+    if (x.has_vector[i] && !same(x.vectors[i], y.vectors[i])) return false;
+    if (i < x.weight_count && !same(x.weights[i], y.weights[i])) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+PassGraphs::~PassGraphs() {
+  for (const std::unique_ptr<Pass>& pass : passes_) {
+    for (Segment& segment : pass->segments) drop(segment);
+  }
+}
+
+void PassGraphs::drop(Segment& segment) {
+  if (segment.graph != nullptr) cudaGraphExecDestroy(segment.graph);
+  segment.graph = nullptr;
+}
+
+void PassGraphs::begin(const PassKind& kind) {
+  const auto found = std::find_if(passes_.begin(), passes_.end(), [&](const auto& pass) { return pass->kind == kind; });
+  if (found != passes_.end()) {
+    pass_ = found->get();
+  } else {
+    if (passes_.size() == kMostKinds) {
+      const auto oldest = std::min_element(passes_.begin(), passes_.end(), [](const auto& a, const auto& b) {
+        return a->last_used < b->last_used;
+      });
+      for (Segment& segment : (*oldest)->segments) drop(segment);
+      passes_.erase(oldest);
+    }
+    passes_.push_back(std::make_unique<Pass>());
+    pass_ = passes_.back().get();
+    pass_->kind = kind;
+  }
+  pass_->last_used = ++clock_;
+  segment_ = count_ = 0;
+  as_expected_ = true;
+}
+
+Status PassGraphs::add(const Command& command) {
+  if (segment_ == pass_->segments.size()) {
+    pass_->segments.emplace_back();
+    as_expected_ = false;
+  }
+  std::vector<Command>& commands = pass_->segments[segment_].commands;
+  if (count_ == commands.size() || !same(commands[count_], command)) {
+    commands.resize(count_);
+    commands.push_back(command);
+    as_expected_ = false;
+  }
+  return ++count_ == kSegmentCommands ? flush() : Status();
+}
+
+Status PassGraphs::flush() {
+  if (count_ == 0) return {};
+  Segment& segment = pass_->segments[segment_++];
+  if (count_ != segment.commands.size()) {
+    segment.commands.resize(count_);
+    as_expected_ = false;
+  }
+  const bool known = as_expected_;
+  count_ = 0;
+  as_expected_ = true;
+  if (!known) drop(segment);
+  // One kernel is no faster from a graph.
+  const bool worth_it = segment.commands.size() > 1 && pass_->kind.rows <= kMostGraphRows;
+  if (!known || !worth_it) return launch_all(segment, compute_);
+  if (segment.graph == nullptr) SLUICE_TRY(capture(segment));
+  return check_(cudaGraphLaunch(segment.graph, compute_), "starting a graph");
+}
+
+Status PassGraphs::launch_all(const Segment& segment, cudaStream_t stream) {
+  for (size_t i = 0; i < segment.commands.size(); ++i) SLUICE_TRY(launch_(segment.commands[i], i > 0, stream));
+  return {};
+}
+
+// Relaxed: what other threads do meanwhile (the prefetcher's copies) is none of the capture's business.
+Status PassGraphs::capture(Segment& segment) {
+  SLUICE_TRY(check_(cudaStreamBeginCapture(capture_, cudaStreamCaptureModeRelaxed), "capturing a graph"));
+  Status launched = launch_all(segment, capture_);
+  cudaGraph_t graph = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(capture_, &graph);
+  Status status = launched ? check_(ended, "capturing a graph") : std::move(launched);
+  if (status) status = check_(cudaGraphInstantiate(&segment.graph, graph, 0), "instantiating a graph");
+  if (!status) segment.graph = nullptr;
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  return status;
+}
+
+}  // namespace sluice::backend::cuda

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// What Sluice takes of a GPU's memory, as the driver sees it, against the budget it was given. Exits with 77 where there
+// is no GPU.
+#include <cuda_runtime_api.h>
+
+#include "backend/cuda/device.hpp"
+#include "base/units.hpp"
+#include "golden_model.hpp"
+#include "tiny_container.hpp"
+
+namespace {
+
+using namespace sluice;
+using namespace sluice::test;
+
+uint64_t free_bytes() {
+  size_t free = 0, total = 0;
+  REQUIRE(cudaMemGetInfo(&free, &total) == cudaSuccess);
+  return free;
+}
+
+void generate(const Model& model, uint32_t tokens) {
+  Result<Session> session = model.new_session();
+  REQUIRE(session);
+  const std::vector<int32_t> prompt = {3, 141, 59, 26, 53, 58, 97, 93, 23, 84, 62};
+  REQUIRE(session->append(prompt));
+  REQUIRE(session->generate({.max_tokens = tokens, .sampling = {.temperature = 0}, .stop = {}, .ignore_eos = true},
+                            [](const Token&) { return true; }));
+}
+
+struct Fixture {
+  Fixture() : path(folder.file("tiny.sluice")) {
+    REQUIRE(on_gpu());  // the suite sets SLUICE_TEST_BACKEND
+    TinyOptions options;
+    options.hyper.layers = 4;
+    options.hyper.hidden = 768;
+    options.hyper.heads = 12;
+    options.hyper.kv_heads = 4;
+    options.hyper.head_dim = 64;
+    options.hyper.ffn = 3072;
+    options.hyper.vocab = 512;
+    options.hyper.max_context = 4096;
+    REQUIRE(write_tiny_container(path, options));
+  }
+  TempFolder folder;
+  std::string path;
+};
+
+}  // namespace
+
+TEST_CASE("everything that is taken of the GPU, context included, stays inside --device-memory") {
+  const Fixture fixture;
+  const Result<backend::cuda::Device> device = backend::cuda::Device::open(0);
+  REQUIRE(device);
+  const auto report = plan_model(fixture.path, under_test({.device_memory_bytes = uint64_t{1} << 40}), {});
+  REQUIRE(report);
+  for (const uint64_t budget : {report->smallest_device_bytes, report->smallest_device_bytes + 64 * kMiB}) {
+    const uint64_t before = free_bytes();
+    {
+      const Model model = open_or_fail(fixture.path, {.device_memory_bytes = budget});
+      generate(model, 20);
+      const uint64_t after = free_bytes();
+      // What the context took before the first backend was counted when that was opened.
+      const uint64_t grown = before - std::min(before, after);
+      std::printf("budget %s: context %s and room for its growth, %s taken since\n", format_bytes(budget).c_str(),
+                  format_bytes(device->overhead_bytes).c_str(), format_bytes(grown).c_str());
+      CHECK(device->context_bytes + grown <= budget);
+    }
+    // Given back with the model but for what the context keeps: kernels that are loaded now.
+    CHECK(before - std::min(before, free_bytes()) <= device->overhead_bytes - device->context_bytes);
+  }
+}
+
+TEST_CASE("memory that the GPU does not have is refused at open, with what to lower and to what") {
+  const Fixture fixture;
+  const auto refused = Model::open(fixture.path, under_test({.device_memory_bytes = uint64_t{1} << 42, .context = 4096,
+                                                             .sessions = 4096}));
+  REQUIRE(!refused);
+  CHECK(refused.error().code == ErrorCode::out_of_memory);
+  CHECK(refused.error().message.find("--device-memory") != std::string::npos);
+  // And the device is as good as before.
+  generate(open_or_fail(fixture.path, {.context = 128}), 4);
+}
+
+TEST_CASE("two models on one GPU run in turns") {
+  const Fixture fixture;
+  const Model first = open_or_fail(fixture.path, {.context = 128});
+  const Model second = open_or_fail(fixture.path, {.context = 128});
+  for (int i = 0; i < 3; ++i) {
+    generate(first, 5);
+    generate(second, 5);
+  }
+}
