@@ -9,8 +9,8 @@
 // out         [M][ldo]                           FP32
 //
 // A block of 4 warps makes 128 rows of W x kRows rows of x; a warp has two row tiles, so that a fragment of x serves
-// twice. Weights go from memory to registers a tile ahead; x goes through shared memory, three tiles of 64 columns deep.
-// A group's sum starts at zero in the matrix units and is scaled into FP32 totals.
+// twice. Weights go from memory to registers a tile ahead; x goes through shared memory, three tiles of 64 columns
+// deep. A group's sum starts at zero in the matrix units and is scaled into FP32 totals.
 //
 // Geometry: (sum over parts of ceil(N/128), ceil(M/kRows)) blocks of 128 threads.
 // Bytes moved: values and scales ceil(M/kRows) times, mostly out of L2; x ceil(N/128) times out of L2.
@@ -30,7 +30,7 @@ struct MatmulArgs {
     const __half* bias;
     float* out;
     const float* vector;
-    uint32_t ldo, rows, first_block;      // first_block: where its blocks begin in x of the grid
+    uint32_t ldo, rows, first_block;  // first_block: where its blocks begin in x of the grid
     float scale;
   } part[kMatmulParts];
   const __half* x;
@@ -46,17 +46,20 @@ inline constexpr uint32_t kMatmulBlockRows = 128;
 namespace matmul_sync {
 
 inline constexpr uint32_t kStages = 3;
-inline constexpr uint32_t kRowStride = 144;   // bytes of a row of 64 halves, padded off the banks
+inline constexpr uint32_t kRowStride = 144;  // bytes of a row of 64 halves, padded off the banks
 
 template <WeightFormat kFormat>
-inline constexpr uint32_t kTileBytes = kFormat == WeightFormat::int4 ? 512 : kFormat == WeightFormat::int8 ? 1024 : 2048;
+inline constexpr uint32_t kTileBytes = kFormat == WeightFormat::int4   ? 512
+                                       : kFormat == WeightFormat::int8 ? 1024
+                                                                       : 2048;
 
 // One lane's share of 16 rows x 64 columns.
 template <WeightFormat kFormat>
 struct LaneTile {
   uint4 q[kTileBytes<kFormat> / 512];
 
-  __device__ __forceinline__ void load(const uint8_t* row, uint32_t tile, uint32_t row_bytes, bool there, uint32_t lane) {
+  __device__ __forceinline__ void load(const uint8_t* row, uint32_t tile, uint32_t row_bytes, bool there,
+                                       uint32_t lane) {
 #pragma unroll
     for (uint32_t i = 0; i < kTileBytes<kFormat> / 512; ++i) {
       const uint32_t at = tile * kTileBytes<kFormat> + i * 512;
@@ -81,14 +84,15 @@ struct TileGroups {
   Int4Zero zero[2];
 };
 
-__device__ __forceinline__ void load_groups(const MatmulArgs& a, const MatmulArgs::Part& p, uint32_t row_tile, uint32_t tile,
-                                            bool there, uint32_t g, TileGroups& out) {
+__device__ __forceinline__ void load_groups(const MatmulArgs& a, const MatmulArgs::Part& p, uint32_t row_tile,
+                                            uint32_t tile, bool there, uint32_t g, TileGroups& out) {
 #pragma unroll
   for (uint32_t h = 0; h < 2; ++h) {
     const uint32_t group = min((tile * 64 + h * 32) / a.group_elems, a.groups - 1);
     const uint64_t at = there ? (uint64_t{row_tile} * a.groups + group) * 16 + g : g;
     out.scale[h] = {__half2float(p.scales[at]), __half2float(p.scales[at + 8])};
-    out.bias[h] = p.bias != nullptr ? make_float2(__half2float(p.bias[at]), __half2float(p.bias[at + 8])) : make_float2(0, 0);
+    out.bias[h] =
+        p.bias != nullptr ? make_float2(__half2float(p.bias[at]), __half2float(p.bias[at + 8])) : make_float2(0, 0);
     const uint32_t none = p.bias != nullptr ? 0 : 8;
     out.zero[h] = p.zeros != nullptr ? int4_zero(p.zeros[at], p.zeros[at + 8]) : int4_zero(none, none);
   }
@@ -105,7 +109,9 @@ __device__ __forceinline__ void scale_in(float (&total)[4], float (&sum)[4], flo
 // 16 columns' activations of 8 rows from the two matrices quadruples of a row block: words j = 0, 1 and 2, 3.
 struct RowFragments {
   uint32_t low[4], high[4];
-  __device__ __forceinline__ uint32_t b(uint32_t j, uint32_t h) const { return j < 2 ? low[2 * j + h] : high[2 * (j - 2) + h]; }
+  __device__ __forceinline__ uint32_t b(uint32_t j, uint32_t h) const {
+    return j < 2 ? low[2 * j + h] : high[2 * (j - 2) + h];
+  }
 };
 
 template <WeightFormat kFormat, uint32_t kRows>
@@ -140,7 +146,8 @@ __global__ void __launch_bounds__(128) matmul_kernel(const __grid_constant__ Mat
 
   float total[kRows / 8][2][4] = {};
   LaneTile<kFormat> next[2];
-  for (uint32_t i = 0; i < 2; ++i) next[i].load(values + i * uint64_t{a.value_row_bytes}, 0, a.value_row_bytes, there[i], lane);
+  for (uint32_t i = 0; i < 2; ++i)
+    next[i].load(values + i * uint64_t{a.value_row_bytes}, 0, a.value_row_bytes, there[i], lane);
 #pragma unroll 1
   for (uint32_t tile = 0; tile < a.col_tiles; ++tile) {
     TileGroups groups[2] = {};
@@ -158,12 +165,14 @@ __global__ void __launch_bounds__(128) matmul_kernel(const __grid_constant__ Mat
       f[1][j] = next[1].fragment(j, groups[1].zero[j / 2]);
     }
     for (uint32_t i = 0; i < 2; ++i) {
-      next[i].load(values + i * uint64_t{a.value_row_bytes}, tile + 1, a.value_row_bytes, there[i] && tile + 1 < a.col_tiles, lane);
+      next[i].load(values + i * uint64_t{a.value_row_bytes}, tile + 1, a.value_row_bytes,
+                   there[i] && tile + 1 < a.col_tiles, lane);
     }
     copy_wait<kStages - 2>();
     __syncthreads();
     fetch(tile + kStages - 1);
-    const uint32_t stage = shared_address(stages) + tile % kStages * kStageBytes + (lane & 7) * kRowStride + (lane >> 3) * 16;
+    const uint32_t stage =
+        shared_address(stages) + tile % kStages * kStageBytes + (lane & 7) * kRowStride + (lane >> 3) * 16;
 #pragma unroll
     for (uint32_t n = 0; n < kRows / 8; ++n) {
       RowFragments x;
@@ -223,9 +232,12 @@ __global__ void __launch_bounds__(128) matmul_kernel(const __grid_constant__ Mat
 template <WeightFormat kFormat>
 cudaError_t launch_matmul(MatmulArgs& args, const MatmulCall& call, cudaStream_t stream) {
   constexpr uint32_t kColTiles = kFormat == WeightFormat::f16 || kFormat == WeightFormat::bf16 ? 16 : 64;
-  args.value_row_bytes = (call.part[0].weight.cols + kColTiles - 1) / kColTiles * (matmul_sync::kTileBytes<kFormat> * kColTiles / 64);
-  if (args.rows <= 16) return launch_grid(matmul_sync::matmul_kernel<kFormat, 16>, args, dim3(args.blocks), 128, 0, call, stream);
-  return launch_grid(matmul_sync::matmul_kernel<kFormat, 64>, args, dim3(args.blocks, (args.rows + 63) / 64), 128, 0, call, stream);
+  args.value_row_bytes =
+      (call.part[0].weight.cols + kColTiles - 1) / kColTiles * (matmul_sync::kTileBytes<kFormat> * kColTiles / 64);
+  if (args.rows <= 16)
+    return launch_grid(matmul_sync::matmul_kernel<kFormat, 16>, args, dim3(args.blocks), 128, 0, call, stream);
+  return launch_grid(matmul_sync::matmul_kernel<kFormat, 64>, args, dim3(args.blocks, (args.rows + 63) / 64), 128, 0,
+                     call, stream);
 }
 
 }  // namespace sluice::cuda

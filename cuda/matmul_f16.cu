@@ -58,7 +58,8 @@ cudaError_t matvec_half(MatvecArgs& args, bool bf16, const MatmulCall& call, cud
 }
 
 cudaError_t matmul_half(MatmulArgs& args, bool bf16, const MatmulCall& call, cudaStream_t stream) {
-  return bf16 ? launch_matmul<WeightFormat::bf16>(args, call, stream) : launch_matmul<WeightFormat::f16>(args, call, stream);
+  return bf16 ? launch_matmul<WeightFormat::bf16>(args, call, stream)
+              : launch_matmul<WeightFormat::f16>(args, call, stream);
 }
 
 cudaError_t matmul_float(const MatmulCall& call, const MatmulPart& part, cudaStream_t stream) {

@@ -34,7 +34,8 @@ cudaError_t allow_shared(Kernel kernel, uint32_t bytes, std::atomic<uint64_t>& s
   if (error != cudaSuccess) return error;
   most -= 1024;  // what the kernels have besides
   if (bytes > static_cast<uint32_t>(most)) return cudaErrorInvalidConfiguration;
-  error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error == cudaSuccess) seen.fetch_or(bit, std::memory_order_relaxed);
   return error;
 }

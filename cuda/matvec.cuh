@@ -7,11 +7,11 @@
 // scales      [ceil(N/16)][ceil(K/group)][16]    FP16      16 B;  zeros u8 and bias FP16 the same, optional
 // x           [M][ldx], M = 1..8                 FP16      row-major, 16 B, zero behind K
 // out         [M][ldo]                           FP32
-// partial     [slabs][ceil(N/16)][128]           FP32      workspace; 2 slabs: [ceil(N/16)][128]; 1: none
+// partial     [slabs][ceil(N/16)][128]           FP32      workspace; [ceil(N/16)][128] where blocks own rows
 //
 // Schedule. K is cut into `slabs` of 8 slices, a slice is at most 512 columns and belongs to one warp of a block for
-// good, so that its activations stay in registers (B fragments, 64 of them; rows that are not there are zero, which is why
-// a row has the same bits in every company). A unit of work is 16 rows of W x one slab: at most 32 KiB of int4.
+// good, so that its activations stay in registers (B fragments, 64 of them; rows that are not there are zero, which is
+// why a row has the same bits in every company). A unit of work is 16 rows of W x one slab: at most 32 KiB of int4.
 //
 //             slab 0                          slab 1
 //      +---+---+---+---+- -+---+      +---+---+---+- -+---+
@@ -20,21 +20,23 @@
 //      |   |   |   |   |   |   |      |   |   |   |   |   |     row tile 1
 //      +---+---+---+---+- -+---+      +---+---+---+- -+---+
 //
-// Up to 2 slabs (K <= 8192) a block owns rows: it walks down its row tiles once for each slab and nobody else is asked. With
-// more, blocks would read all of x too often; there block b walks the units [b U/G, (b+1) U/G), slab by slab, and leaves its
-// sums in the workspace; the block that comes last to a row tile adds the slabs in order: no float atomics, the same bits in
-// every run.
+// Mostly a block owns rows: it walks down its row tiles once for each slab and nobody else is asked. Where blocks would
+// read more of x than that is worth (few row tiles, many slabs, 8 rows of x), block b instead walks the units
+// [b U/G, (b+1) U/G), slab by slab, and leaves its sums in the workspace; the block that comes last to a row tile adds
+// the slabs in order: no float atomics, the same bits in every run.
 //
-// The first slab's activations are loaded when the kernel in front is done; those of later slabs come through the rings.
-// Each warp has its own ring of kDepth steps of 4 KiB and their scales in shared memory, which lane 0 keeps full with the
-// bulk copy engine (sm_80 to sm_89: every lane copies with cp.async the 16 bytes that it will read). So about 70 KiB are
-// on their way per multiprocessor, across units, with no register and no block-wide barrier in the way of the loads, and
-// the ring fills while the kernel in front is still running: weights do not depend on activations.
-// The eight warps' sums of a unit meet in shared memory, one block-wide barrier per unit.
+// The first slab's activations are loaded when the kernel in front is done; those of later slabs come through the
+// rings. Each warp has its own ring of kDepth steps of 4 KiB and their scales in shared memory, which lane 0 keeps full
+// with the bulk copy engine (sm_80 to sm_89: every lane copies with cp.async the 16 bytes that it will read). So about
+// 70 KiB are on their way per multiprocessor, across units, with no register and no block-wide barrier in the way of
+// the loads, and the ring fills while the kernel in front is still running: weights do not depend on activations. The
+// eight warps' sums of a unit meet in shared memory, one block-wide barrier per unit.
 //
-// Geometry: min(row tiles or U, multiprocessors) blocks of 256 threads, two fit on a multiprocessor: this kernel's and the next one's.
+// Geometry: min(row tiles or U, multiprocessors) blocks of 256 threads, two fit on a multiprocessor: this kernel's and
+// the next one's.
 // Bytes moved: values + scales, once; x once per block and slab, out of L2.
-// Compiled: int4 and int8 with groups of 32, 64, 128 (64 also serves groups of 128 where slices are odd), f16, bf16.
+// Compiled: int4 (symmetric, zeros, bias) and int8 with folds of 32, 64, 128 columns (64 also serves groups of 128
+// where slices are odd), f16, bf16.
 #pragma once
 
 #include <type_traits>
@@ -45,17 +47,17 @@
 namespace sluice::cuda {
 
 inline constexpr uint32_t kMatvecWarps = 8;
-inline constexpr uint32_t kSliceTiles = 8;        // of 64 columns, in a warp's registers
-inline constexpr uint32_t kStepBytes = 4096;      // of values in one slot of a ring
+inline constexpr uint32_t kSliceTiles = 8;    // of 64 columns, in a warp's registers
+inline constexpr uint32_t kStepBytes = 4096;  // of values in one slot of a ring
 inline constexpr uint32_t kDepth = 3;
-inline constexpr uint32_t kXRows = 4, kXStride = 1040;   // of x in one slot: rows of 512 columns, padded off the banks
-inline constexpr uint32_t kStageStride = 144;     // bytes per row of a staged tile of x: 128, padded off the banks
+inline constexpr uint32_t kXRows = 4, kXStride = 1040;  // of x in one slot: rows of 512 columns, padded off the banks
+inline constexpr uint32_t kStageStride = 144;  // bytes per row of a staged tile of x: 128, padded off the banks
 
 template <WeightFormat kFormat>
 struct TileOf;
 template <>
 struct TileOf<WeightFormat::int4> {
-  static constexpr uint32_t kBytes = 512;         // of 16 rows x 64 columns
+  static constexpr uint32_t kBytes = 512;  // of 16 rows x 64 columns
 };
 template <>
 struct TileOf<WeightFormat::int8> {
@@ -70,13 +72,13 @@ struct TileOf<WeightFormat::bf16> {
   static constexpr uint32_t kBytes = 2048;
 };
 
-// What belongs to a group besides its scale. Branches on it inside a step would keep groups from overlapping, and a warp
-// alone with one group's chain of sums runs at half the speed.
+// What belongs to a group besides its scale. Branches on it inside a step would keep groups from overlapping, and a
+// warp alone with one group's chain of sums runs at half the speed.
 enum class GroupForm : uint8_t { symmetric, zeros, bias };
 
 // Where a slot holds what; the planes behind the values are as long as a step's groups.
 struct SlotLayout {
-  uint32_t scales, zeros, bias, bytes;            // offsets and the whole, multiples of 16
+  uint32_t scales, zeros, bias, bytes;  // offsets and the whole, multiples of 16
 };
 
 struct MatvecArgs {
@@ -87,19 +89,19 @@ struct MatvecArgs {
     const uint8_t* bias;
     float* out;
     const float* vector;
-    uint32_t ldo, rows, first_tile;               // first_tile: row tile of the call
+    uint32_t ldo, rows, first_tile;  // first_tile: row tile of the call
     float scale;
   } part[kMatmulParts];
   const __half* x;
   const float* row_scale;
   float* partial;
-  uint32_t* counters;                             // one per row tile
+  uint32_t* counters;  // one per row tile
   uint32_t ldx, rows, parts, row_tiles, slabs, units;
-  uint32_t col_tiles, slice_tiles;                // of 64 columns: of K, of one slice
-  uint32_t value_row_bytes;                       // of one row tile
-  uint32_t groups, group_shift;                   // per row; log2(group)
+  uint32_t col_tiles, slice_tiles;  // of 64 columns: of K, of one slice
+  uint32_t value_row_bytes;         // of one row tile
+  uint32_t groups, group_shift;     // per row; log2(group)
   SlotLayout slot;
-  uint32_t depth;                                 // slots of a ring
+  uint32_t depth;  // slots of a ring
   bool owns_rows, accumulate, weights_early, clear_ring;
 };
 
@@ -131,17 +133,17 @@ __device__ __forceinline__ uint32_t part_of(const MatvecArgs& a, uint32_t row_ti
   return part;
 }
 
-// What a warp fetches next: the steps of its slice, row tile by row tile, slab by slab. The pointers walk; divisions and
-// products are only where a slab or a part begins.
+// What a warp fetches next: the steps of its slice, row tile by row tile, slab by slab. The pointers walk; divisions
+// and products are only where a slab or a part begins.
 template <WeightFormat kFormat, GroupForm kForm>
 struct Producer {
   using S = Slice<kFormat>;
   static constexpr bool kGrouped = kFormat == WeightFormat::int4 || kFormat == WeightFormat::int8;
   const uint8_t *values, *scales, *zeros_or_bias;
-  uint32_t left;                  // steps
+  uint32_t left;  // steps
   uint32_t row_tile, slab, boundary, step;
-  uint32_t wrap_to, wrap_at;      // row tiles where a slab's walk begins and ends
-  uint32_t x_steps = 0;           // sm_90: of the slab's activations, to be fetched before its weights
+  uint32_t wrap_to, wrap_at;  // row tiles where a slab's walk begins and ends
+  uint32_t x_steps = 0;       // sm_90: of the slab's activations, to be fetched before its weights
   uint32_t slice_bytes, first;
 
   __device__ __forceinline__ void begin_run(const MatvecArgs& a, uint32_t warp) {
@@ -182,20 +184,22 @@ struct Producer {
 
 #if __CUDA_ARCH__ >= 900
   // Four rows of the warp's slice of x, kXStride bytes apart.
-  __device__ __forceinline__ void fetch_activations(const MatvecArgs& a, uint32_t warp, uint32_t lane, uint32_t slot, uint32_t barrier) {
+  __device__ __forceinline__ void fetch_activations(const MatvecArgs& a, uint32_t warp, uint32_t lane, uint32_t slot,
+                                                    uint32_t barrier) {
     const uint32_t bytes = (S::end_tile(a, first) - first) * 128;
     const uint32_t row = ((a.rows + kXRows - 1) / kXRows - x_steps) * kXRows, rows = min(a.rows - row, kXRows);
     if (lane == 0) barrier_expect(barrier, bytes * rows);
     __syncwarp();
     if (lane < rows && bytes != 0) {
-      bulk_copy(slot + lane * kXStride, a.x + uint64_t{row + lane} * a.ldx + first * 64, bytes, barrier, evict_last_policy());
+      bulk_copy(slot + lane * kXStride, a.x + uint64_t{row + lane} * a.ldx + first * 64, bytes, barrier,
+                evict_last_policy());
     }
   }
 #endif
 
   // Starts the fetch of the next step into `slot`, and goes on to the one behind it.
-  __device__ __forceinline__ void fetch(const MatvecArgs& a, uint32_t warp, uint32_t lane, uint32_t slot, uint32_t barrier,
-                                        uint64_t policy) {
+  __device__ __forceinline__ void fetch(const MatvecArgs& a, uint32_t warp, uint32_t lane, uint32_t slot,
+                                        uint32_t barrier, uint64_t policy) {
     if (left == 0) return copy_commit();
 #if __CUDA_ARCH__ >= 900
     if (x_steps != 0) {
@@ -228,7 +232,8 @@ struct Producer {
     for (uint32_t i = 0; i < kStepBytes; i += 512) {
       if (i < bytes) copy16(slot + i + lane * 16, values + at + i + lane * 16, true);
     }
-    for (uint32_t i = lane * 16; i < groups * 32; i += 512) copy16(slot + a.slot.scales + i, scales + group * 32 + i, true);
+    for (uint32_t i = lane * 16; i < groups * 32; i += 512)
+      copy16(slot + a.slot.scales + i, scales + group * 32 + i, true);
     for (uint32_t i = lane * 16; i < groups * extra; i += 512) {
       copy16(slot + extra_at + i, zeros_or_bias + group * extra + i, true);
     }
@@ -243,8 +248,8 @@ struct Activations {
   uint32_t b[kSliceTiles][4][2];
 };
 
-__device__ __forceinline__ void load_activations(const MatvecArgs& a, uint32_t first, uint32_t end, uint32_t lane, uint8_t* stage,
-                                 Activations& x) {
+__device__ __forceinline__ void load_activations(const MatvecArgs& a, uint32_t first, uint32_t end, uint32_t lane,
+                                                 uint8_t* stage, Activations& x) {
   const uint32_t g = lane >> 2, t = lane & 3;
   const uint64_t policy = evict_last_policy();
   uint4 raw[kSliceTiles][2];
@@ -273,10 +278,10 @@ __device__ __forceinline__ void load_activations(const MatvecArgs& a, uint32_t f
   }
 }
 
-// Rows row..row+3 of the slice out of a slot of the ring into the fragments, whose other rows stay. Lanes g of those rows
-// alone take what ldmatrix gives; the addresses of the others repeat them.
-__device__ __forceinline__ void take_activations(const uint8_t* slot, uint32_t row, uint32_t rows, uint32_t tiles, uint32_t lane,
-                                                 Activations& x) {
+// Rows row..row+3 of the slice out of a slot of the ring into the fragments, whose other rows stay. Lanes g of those
+// rows alone take what ldmatrix gives; the addresses of the others repeat them.
+__device__ __forceinline__ void take_activations(const uint8_t* slot, uint32_t row, uint32_t rows, uint32_t tiles,
+                                                 uint32_t lane, Activations& x) {
   const uint32_t g = lane >> 2;
   const bool mine = g >= row && g < row + kXRows;
   const uint32_t from = shared_address(slot) + (lane & 3) * kXStride + (lane >> 3) * 16;
@@ -303,7 +308,8 @@ __device__ __forceinline__ void sum_activations(const Activations& x, uint32_t l
   for (uint32_t i = 0; i < kSliceTiles * 4; ++i) {
     mma_f16(c, ones, x.b[i / 4][i % 4][0], x.b[i / 4][i % 4][1]);
     if ((i + 1) * 16 % kFold == 0) {
-      if (lane < 4) *reinterpret_cast<float2*>(sums + ((i + 1) * 16 / kFold - 1) * 8 + lane * 2) = make_float2(c[0], c[1]);
+      if (lane < 4)
+        *reinterpret_cast<float2*>(sums + ((i + 1) * 16 / kFold - 1) * 8 + lane * 2) = make_float2(c[0], c[1]);
       c[0] = c[1] = c[2] = c[3] = 0;
     }
   }
@@ -366,13 +372,13 @@ __device__ __forceinline__ void multiply_step(const MatvecArgs& a, const Activat
       else mma_bf16(total, f, b[0], b[1]);
     }
   } else {
-    const uint32_t base = (first_tile << 6) >> a.group_shift;   // group of the slot's first
+    const uint32_t base = (first_tile << 6) >> a.group_shift;  // group of the slot's first
 #pragma unroll
     for (uint32_t fold = 0; fold < kTiles * 64 / kFold; ++fold) {
       const uint32_t group = (kFold == 64 ? (((first_tile + fold) << 6) >> a.group_shift) - base : fold);
       float sum[4] = {0, 0, 0, 0};
       const Int4Zero zero = kFormat == WeightFormat::int4 ? planes.zero(group, g) : Int4Zero{};
-      constexpr uint32_t kWide = kFormat == WeightFormat::int4 ? 64 : 32;   // columns of a lane's 16 bytes
+      constexpr uint32_t kWide = kFormat == WeightFormat::int4 ? 64 : 32;  // columns of a lane's 16 bytes
       uint4 w = {};
 #pragma unroll
       for (uint32_t k16 = fold * kFold / 16; k16 < (fold + 1) * kFold / 16; ++k16) {
@@ -404,8 +410,10 @@ __device__ __forceinline__ void write_out(const MatvecArgs& a, uint32_t row_tile
   *out = a.accumulate ? *out + value : value;
 }
 
-// Behind a block's last unit: tells of its partial sums, and adds the slabs of each row tile that it is the last one to.
-__device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t first_unit, uint32_t end_unit, uint32_t* last_list) {
+// Behind a block's last unit: tells of its partial sums, and adds the slabs of each row tile that it is the last one
+// to.
+__device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t first_unit, uint32_t end_unit,
+                                                 uint32_t* last_list) {
   __shared__ uint32_t listed;
   const uint32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   fence_device();
@@ -427,7 +435,7 @@ __device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t f
       const float4* from = reinterpret_cast<const float4*>(a.partial + uint64_t{row_tile} * 128) + lane;
       float4 sum = {0, 0, 0, 0};
       for (uint32_t first = 0; first < a.slabs; first += 8) {
-        float4 s[8];   // all on their way before the first is added
+        float4 s[8];  // all on their way before the first is added
 #pragma unroll
         for (uint32_t i = 0; i < 8; ++i) {
           s[i] = first + i < a.slabs ? __ldcg(from + uint64_t{first + i} * a.row_tiles * 32) : make_float4(0, 0, 0, 0);
@@ -449,8 +457,8 @@ __device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t f
   }
 }
 
-inline constexpr uint32_t kStageBytes = kMatvecWarps * 8 * kStageStride;   // also two sets of the warps' sums
-inline constexpr uint32_t kSumsBytes = kMatvecWarps * 16 * 8 * 4;          // sums of x, only where weights have a bias
+inline constexpr uint32_t kStageBytes = kMatvecWarps * 8 * kStageStride;  // also two sets of the warps' sums
+inline constexpr uint32_t kSumsBytes = kMatvecWarps * 16 * 8 * 4;         // sums of x, only where weights have a bias
 inline constexpr uint32_t kListBytes = 256 * 4;
 static_assert(kStageBytes >= 2 * kMatvecWarps * 512, "");
 
@@ -486,7 +494,8 @@ __global__ void __launch_bounds__(kMatvecWarps * 32, 2) matvec_kernel(const __gr
   let_next_kernel_start();
   if (a.clear_ring) {
     // Parts of a slot that no fetch fills meet zero activations; they must not be NaN for that.
-    for (uint32_t at = lane * 16; at < depth * a.slot.bytes; at += 512) *reinterpret_cast<uint4*>(ring + at) = make_uint4(0, 0, 0, 0);
+    for (uint32_t at = lane * 16; at < depth * a.slot.bytes; at += 512)
+      *reinterpret_cast<uint4*>(ring + at) = make_uint4(0, 0, 0, 0);
   }
   uint64_t policy = 0;
 #if __CUDA_ARCH__ >= 900
@@ -511,7 +520,7 @@ __global__ void __launch_bounds__(kMatvecWarps * 32, 2) matvec_kernel(const __gr
   if (!a.weights_early) wait_for_previous_kernel();
   uint32_t filled = 0;
 #pragma unroll 1
-  for (; filled < depth && next.x_steps == 0; ++filled) {   // weights alone, so far
+  for (; filled < depth && next.x_steps == 0; ++filled) {  // weights alone, so far
     next.fetch(a, warp, lane, ring_address + filled * a.slot.bytes, barrier + filled * 8, policy);
   }
   if (a.weights_early) wait_for_previous_kernel();
@@ -551,15 +560,16 @@ __global__ void __launch_bounds__(kMatvecWarps * 32, 2) matvec_kernel(const __gr
       if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
       loaded_slab = slab;
     } else if (slab != loaded_slab) {
-      __syncthreads();   // the stage is where sums were
+      __syncthreads();  // the stage is where sums were
       load_activations(a, first, S::end_tile(a, first), lane, stage + warp * 8 * kStageStride, x);
       if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
       __syncthreads();
       loaded_slab = slab;
     }
-    // This thread's output of the unit, if any, and what the slab before left of it.
+    // This thread's output of the unit, if any, and what the slab before left of it: left by this very thread, since
+    // which half of the block adds up goes by the row tile.
     const uint32_t at = threadIdx.x & 127;
-    const bool mine = (threadIdx.x >> 7) == buffer && 2 * ((at >> 2) & 3) + (at & 1) < a.rows;
+    const bool mine = (threadIdx.x >> 7) == (row_tile & 1) && 2 * ((at >> 2) & 3) + (at & 1) < a.rows;
     float before = 0;
     if (a.owns_rows && slab > 0 && mine) before = __ldcg(a.partial + uint64_t{row_tile} * 128 + at);
     float total[4] = {0, 0, 0, 0};
@@ -568,7 +578,8 @@ __global__ void __launch_bounds__(kMatvecWarps * 32, 2) matvec_kernel(const __gr
       wait_slot();
       const uint8_t* slot = ring + slot_index * a.slot.bytes;
       const GroupPlanes<kForm> planes = {slot, a.slot};
-      multiply_step<kFormat, kFold, kForm, kStep>(a, x, slot, planes, first + kStep * S::kStepTiles, lane, x_sums, total);
+      multiply_step<kFormat, kFold, kForm, kStep>(a, x, slot, planes, first + kStep * S::kStepTiles, lane, x_sums,
+                                                  total);
       refill_slot();
     });
 
@@ -615,14 +626,15 @@ cudaError_t launch_matvec(MatvecArgs& args, const MatmulCall& call, cudaStream_t
   const bool whole = args.col_tiles == args.slabs * kMatvecWarps * kSliceTiles && args.slice_tiles == kSliceTiles;
   args.clear_ring = !whole || cols % 64 != 0;
   args.depth = kDepth;
-  const uint32_t shared = matvec::kStageBytes + (kForm == GroupForm::bias ? matvec::kSumsBytes : 0) + matvec::kListBytes +
-                          kMatvecWarps * args.depth * args.slot.bytes;
+  const uint32_t shared = matvec::kStageBytes + (kForm == GroupForm::bias ? matvec::kSumsBytes : 0) +
+                          matvec::kListBytes + kMatvecWarps * args.depth * args.slot.bytes;
   static std::atomic<uint64_t> seen{0};
   uint32_t processors = 0;
   cudaError_t error = multiprocessors(processors);
   if (error == cudaSuccess) error = allow_shared(matvec::matvec_kernel<kFormat, kFold, kForm>, shared, seen);
   if (error != cudaSuccess) return error;
-  return launch_grid(matvec::matvec_kernel<kFormat, kFold, kForm>, args, dim3(std::min(args.owns_rows ? args.row_tiles : args.units, processors)), kMatvecWarps * 32,
+  return launch_grid(matvec::matvec_kernel<kFormat, kFold, kForm>, args,
+                     dim3(std::min(args.owns_rows ? args.row_tiles : args.units, processors)), kMatvecWarps * 32,
                      shared, call, stream);
 }
 

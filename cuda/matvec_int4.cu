@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// INT4 weights, 1 to 8 rows of activations. The kernel, its schedule and its table are in matvec.cuh; the nibbles' places
-// are drawn in docs/container.md.
+// INT4 weights, 1 to 8 rows of activations. The kernel, its schedule and its table are in matvec.cuh; the nibbles'
+// places are drawn in docs/container.md.
 #include "cuda/matvec.cuh"
 
 namespace sluice::cuda {
@@ -10,9 +10,12 @@ namespace {
 template <GroupForm kForm>
 cudaError_t launch_form(MatvecArgs& args, uint32_t fold, const MatmulCall& call, cudaStream_t stream) {
   switch (fold) {
-    case 32: return launch_matvec<WeightFormat::int4, 32, kForm>(args, call, stream);
-    case 64: return launch_matvec<WeightFormat::int4, 64, kForm>(args, call, stream);
-    default: return launch_matvec<WeightFormat::int4, 128, kForm>(args, call, stream);
+    case 32:
+      return launch_matvec<WeightFormat::int4, 32, kForm>(args, call, stream);
+    case 64:
+      return launch_matvec<WeightFormat::int4, 64, kForm>(args, call, stream);
+    default:
+      return launch_matvec<WeightFormat::int4, 128, kForm>(args, call, stream);
   }
 }
 

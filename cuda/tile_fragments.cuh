@@ -32,12 +32,12 @@ __device__ __forceinline__ __half2 half2_of(uint32_t u) { return *reinterpret_ca
 // What is subtracted from the nibbles of one group: low nibbles appear as 1024 + q, high ones as 64 + q once they are
 // multiplied by 1/16. All of it is exact in FP16 for zeros of 0..255.
 struct Int4Zero {
-  __half2 low;    // 1024 + z of row g
-  __half2 high;   // -(64 + z) of row g + 8
+  __half2 low;   // 1024 + z of row g
+  __half2 high;  // -(64 + z) of row g + 8
 };
 
 __device__ __forceinline__ Int4Zero int4_zero(uint32_t z_row, uint32_t z_row8) {
-  const uint32_t low = 0x6400u + z_row;                                              // 1024 + z
+  const uint32_t low = 0x6400u + z_row;  // 1024 + z
   const __half high = __hneg(__hadd(__ushort_as_half(uint16_t(0x6400u + z_row8)), __float2half(-960.0f)));
   return {half2_of(low | (low << 16)), __half2half2(high)};
 }
@@ -70,21 +70,23 @@ __device__ __forceinline__ Fragment fragment_int8(uint32_t low, uint32_t high) {
 __device__ __forceinline__ void mma_f16(float (&c)[4], const Fragment& f, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(f.a[0]), "r"(f.a[1]), "r"(f.a[2]), "r"(f.a[3]), "r"(b0), "r"(b1));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(f.a[0]), "r"(f.a[1]), "r"(f.a[2]), "r"(f.a[3]), "r"(b0), "r"(b1));
 #elif defined(__CUDA_ARCH__)
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(f.a[0]), "r"(f.a[1]), "r"(b0));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(f.a[0]), "r"(f.a[1]), "r"(b0));
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(f.a[2]), "r"(f.a[3]), "r"(b1));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(f.a[2]), "r"(f.a[3]), "r"(b1));
 #endif
 }
 
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void mma_bf16_once(float (&c)[4], const Fragment& f, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(f.a[0]), "r"(f.a[1]), "r"(f.a[2]), "r"(f.a[3]), "r"(b0), "r"(b1));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(f.a[0]), "r"(f.a[1]), "r"(f.a[2]), "r"(f.a[3]), "r"(b0), "r"(b1));
 }
 #endif
 
@@ -93,8 +95,8 @@ __device__ __forceinline__ float2 floats_of_bf16(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-// A half has 11 significant bits, a bfloat16 8: the upper part is cut off, the rest has 3 bits and is a bfloat16 too, so
-// the sum of the two is the half exactly.
+// A half has 11 significant bits, a bfloat16 8: the upper part is cut off, the rest has 3 bits and is a bfloat16 too,
+// so the sum of the two is the half exactly.
 __device__ __forceinline__ void split_for_bf16(uint32_t halves, uint32_t& upper, uint32_t& rest) {
   const float2 x = __half22float2(half2_of(halves));
   const uint32_t u0 = __float_as_uint(x.x) & 0xffff0000u, u1 = __float_as_uint(x.y) & 0xffff0000u;
@@ -135,10 +137,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Four 8x8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8 and gets its (g, 2t..2t+1) of each.
+// Four 8x8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8 and gets its (g, 2t..2t+1) of
+// each.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 
 // Keeps its place among barriers and copies (volatile), but not among ordinary accesses.
@@ -158,7 +163,9 @@ __device__ __forceinline__ uint64_t evict_last_policy() {
 __device__ __forceinline__ uint4 load_kept(const void* p, uint64_t policy) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(policy) : "memory");
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "l"(policy)
+               : "memory");
   return v;
 }
 #else
@@ -167,7 +174,8 @@ __device__ __forceinline__ uint4 load_kept(const void* p, uint64_t) { return __l
 #endif
 
 __device__ __forceinline__ void store_shared16(uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // 16 bytes to shared memory behind the thread's back; before sm_80 at once. `valid` false: zeros.
@@ -229,16 +237,22 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   asm volatile(
       "{\n.reg .pred done;\nagain:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finish;\nbra again;\nfinish:\n}" ::"r"(barrier), "r"(parity) : "memory");
+      "@done bra finish;\nbra again;\nfinish:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
 }
 #endif
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times the CUDA matmul kernels with cold weights, next to what the memory of this card delivers in the same run.
-// Usage: cuda_kernel_bench [substring of a case's name [most rows]]. Each figure is the median of graph replays, a graph being launches
-// back to back as a pass makes them, over copies of the weights that are together several times the L2 cache. cuBLAS
-// stands beside where libcublas is found at run time.
+// Usage: cuda_kernel_bench [substring of a case's name [most rows]]. Each figure is the median of graph replays, a
+// graph being launches back to back as a pass makes them, over copies of the weights that are together several times
+// the L2 cache. cuBLAS stands beside where libcublas is found at run time.
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -53,15 +53,16 @@ uint64_t scale_bytes(const Case& c, uint32_t rows) {
 }
 uint64_t weight_bytes(const Case& c) {
   uint64_t bytes = 0;
-  for (const uint32_t rows : c.rows) bytes += rows == 0 ? 0 : value_bytes(c, rows) + scale_bytes(c, rows) * (c.bias ? 2 : 1);
+  for (const uint32_t rows : c.rows)
+    bytes += rows == 0 ? 0 : value_bytes(c, rows) + scale_bytes(c, rows) * (c.bias ? 2 : 1);
   return bytes;
 }
 uint32_t all_rows(const Case& c) { return c.rows[0] + c.rows[1] + c.rows[2]; }
 
 // cuBLAS by its C names; nothing where the library is not there.
 struct Cublas {
-  using Gemm = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int, const void*,
-                       void*, int, int, int, int);
+  using Gemm = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
+                       const void*, void*, int, int, int, int);
   void* handle = nullptr;
   Gemm gemm = nullptr;
   int (*set_stream)(void*, cudaStream_t) = nullptr;
@@ -94,11 +95,12 @@ class Bench {
     require(cudaMemset(workspace_, 0, kWorkspace), "workspace");
     std::mt19937 random(1);
     std::vector<uint32_t> words((16 << 20) / 4);
-    // Small FP16 numbers throughout, whatever a plane makes of them.
+    // Small FP16 numbers throughout, whatever a plane makes of them. (As int4 they are half as random as real weights
+    // are.)
     for (uint32_t& word : words) word = (static_cast<uint32_t>(random()) & 0x83ff83ffu) | 0x20002000u;
-    // The values of int4 and int8 may be any bits, which costs more power than numbers alike: take them random.
     for (uint64_t at = 0; at < kColdBytes + (uint64_t{1184} << 20); at += words.size() * 4) {
-      require(cudaMemcpy(static_cast<char*>(weights_) + at, words.data(), words.size() * 4, cudaMemcpyHostToDevice), "fill");
+      require(cudaMemcpy(static_cast<char*>(weights_) + at, words.data(), words.size() * 4, cudaMemcpyHostToDevice),
+              "fill");
     }
     std::normal_distribution<float> normal;
     std::vector<__half> x(size_t{kMostRows} * 28672);
@@ -139,8 +141,9 @@ class Bench {
 
   double read_ceiling() {
     return double{kReadBytes} / time(4, 9, [&](int) {
-      return read_memory(weights_, kReadBytes, static_cast<uint32_t*>(workspace_) + kMatmulCounterBytes / 4, stream_);
-    });
+             return read_memory(weights_, kReadBytes, static_cast<uint32_t*>(workspace_) + kMatmulCounterBytes / 4,
+                                stream_);
+           });
   }
 
   double time_matmul(const Case& c, uint32_t rows) {
@@ -191,8 +194,8 @@ class Bench {
       const char* weights = static_cast<char*>(weights_) + static_cast<uint64_t>(i) % copies * bytes;
       const int n = static_cast<int>(all_rows(c)), m = static_cast<int>(rows), k = static_cast<int>(c.cols);
       constexpr int kTranspose = 1, kPlain = 0, kHalf = 2, kCompute32F = 68, kDefault = -1;
-      const int status = blas_.gemm(blas_.handle, kTranspose, kPlain, n, m, k, &one, weights, kHalf, k, x_, kHalf, k, &zero,
-                                    out_, kHalf, n, kCompute32F, kDefault);
+      const int status = blas_.gemm(blas_.handle, kTranspose, kPlain, n, m, k, &one, weights, kHalf, k, x_, kHalf, k,
+                                    &zero, out_, kHalf, n, kCompute32F, kDefault);
       return status == 0 ? cudaSuccess : cudaErrorUnknown;
     });
   }
@@ -213,8 +216,8 @@ void print_case(Bench& bench, const Case& c, uint32_t most_rows, double ceiling)
     const double blas = rows == 1 || rows >= 8 ? bench.time_cublas(c, rows) : 0;
     const double rate = static_cast<double>(weight_bytes(c)) / seconds;
     const double flops = 2.0 * all_rows(c) * c.cols * rows / seconds;
-    std::printf("%-22s %6u x %5u  rows %4u  %8.2f us  %5.2f TB/s  %5.1f%%  %6.1f TFLOP/s", c.name, all_rows(c), c.cols, rows,
-                seconds * 1e6, rate / 1e12, 100 * rate / ceiling, flops / 1e12);
+    std::printf("%-22s %6u x %5u  rows %4u  %8.2f us  %5.2f TB/s  %5.1f%%  %6.1f TFLOP/s", c.name, all_rows(c), c.cols,
+                rows, seconds * 1e6, rate / 1e12, 100 * rate / ceiling, flops / 1e12);
     if (blas > 0) std::printf("  cublas %8.2f us  x%.2f", blas * 1e6, blas / seconds);
     std::printf("\n");
     std::fflush(stdout);
@@ -246,7 +249,8 @@ int main(int argc, char** argv) {
   };
   Bench bench;
   const double ceiling = bench.read_ceiling();
-  std::printf("%s, %d multiprocessors, memory read %.3f TB/s\n", properties.name, properties.multiProcessorCount, ceiling / 1e12);
+  std::printf("%s, %d multiprocessors, memory read %.3f TB/s\n", properties.name, properties.multiProcessorCount,
+              ceiling / 1e12);
   for (const Case& c : cases) {
     if (argc > 1 && std::strstr(c.name, argv[1]) == nullptr) continue;
     print_case(bench, c, argc > 2 ? static_cast<uint32_t>(std::atoi(argv[2])) : kMostRows, ceiling);

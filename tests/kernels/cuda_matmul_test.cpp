@@ -19,8 +19,8 @@ using namespace sluice;
 using namespace sluice::testing;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr double kUnit = 0x1p-24;  // half a last bit of an FP32 number
-constexpr size_t kGuard = 3;       // floats behind each output row, which no kernel may touch
+constexpr double kUnit = 0x1p-24;      // half a last bit of an FP32 number
+constexpr size_t kGuard = 3;           // floats behind each output row, which no kernel may touch
 constexpr uint32_t kSampledRows = 48;  // of a large matrix that are compared
 
 // Device memory with what a vector held, or poison.
@@ -45,7 +45,9 @@ class DeviceBuffer {
   ~DeviceBuffer() { cudaFree(memory_); }
 
   template <class T>
-  T* as() const { return static_cast<T*>(memory_); }
+  T* as() const {
+    return static_cast<T*>(memory_);
+  }
 
  private:
   void* memory_ = nullptr;
@@ -53,11 +55,16 @@ class DeviceBuffer {
 
 cuda::WeightFormat format_of(Kind kind) {
   switch (kind) {
-    case Kind::int8: return cuda::WeightFormat::int8;
-    case Kind::f16: return cuda::WeightFormat::f16;
-    case Kind::bf16: return cuda::WeightFormat::bf16;
-    case Kind::f32: return cuda::WeightFormat::f32;
-    default: return cuda::WeightFormat::int4;
+    case Kind::int8:
+      return cuda::WeightFormat::int8;
+    case Kind::f16:
+      return cuda::WeightFormat::f16;
+    case Kind::bf16:
+      return cuda::WeightFormat::bf16;
+    case Kind::f32:
+      return cuda::WeightFormat::f32;
+    default:
+      return cuda::WeightFormat::int4;
   }
 }
 
@@ -101,7 +108,9 @@ Problem make_problem(const WeightShape& shape, uint32_t most, std::mt19937& rand
     p.sampled.resize(kSampledRows);
     p.sampled.back() = shape.rows - 1;
   }
-  const auto plane = [](const std::vector<std::byte>& bytes) { return DeviceBuffer(std::span<const std::byte>(bytes)); };
+  const auto plane = [](const std::vector<std::byte>& bytes) {
+    return DeviceBuffer(std::span<const std::byte>(bytes));
+  };
   p.values = plane(p.weight.planes.values);
   p.scales = plane(p.weight.planes.scales);
   p.zeros = plane(p.weight.planes.zeros);
@@ -179,14 +188,19 @@ bool same_bits(float a, float b) { return std::bit_cast<uint32_t>(a) == std::bit
 double roundings(const WeightShape& shape) {
   const double cols = shape.cols;
   switch (shape.kind) {
-    case Kind::f32: return cols / 32 + 16;
-    case Kind::bf16: return cols / 2 + 40;
-    case Kind::f16: return cols / 4 + 40;
-    default: return 32 + cols / 32 + 8 + cols / 4096 + 8;
+    case Kind::f32:
+      return cols / 32 + 16;
+    case Kind::bf16:
+      return cols / 2 + 40;
+    case Kind::f16:
+      return cols / 4 + 40;
+    default:
+      return 32 + cols / 32 + 8 + cols / 4096 + 8;
   }
 }
 
-// FP16 products of scale and value, which only prefill makes: 2^-11 of the weight, none for what is exact.
+// Every output of `rows` rows against the sum in double (of a large matrix some), none left unwritten, nothing beside
+// them.
 void check_values(const Problem& p, uint32_t rows, bool accumulate) {
   const std::vector<float> out = run(p, 0, rows, accumulate);
   const double n = 1.01 * roundings(p.shape) * kUnit;
@@ -234,7 +248,7 @@ void check_same_rows(const Problem& p, uint32_t count, const std::vector<std::ve
 }
 
 std::vector<WeightShape> small_shapes() {
-  const std::pair<uint32_t, uint32_t> sizes[] = {{1, 1},    {5, 63},   {17, 65},    {16, 64},   {1, 96},
+  const std::pair<uint32_t, uint32_t> sizes[] = {{1, 1},    {5, 63},   {17, 65},    {16, 64},  {1, 96},
                                                  {31, 130}, {48, 576}, {273, 1088}, {33, 4160}};
   std::vector<WeightShape> shapes;
   for (const auto& [rows, cols] : sizes) {
@@ -248,9 +262,9 @@ std::vector<WeightShape> small_shapes() {
 
 // Every multiprocessor at work, several slabs, odd slices (14336), more row tiles than blocks.
 std::vector<WeightShape> large_shapes() {
-  return {{4112, 8192, Kind::int4, 128},      {2050, 14336, Kind::int4, 128},     {520, 28672, Kind::int4_bias, 32},
-          {1030, 8192, Kind::int4_zeros, 64}, {3000, 4096, Kind::int8, 128},      {600, 8192, Kind::int8, 32},
-          {700, 8256, Kind::f16, 0},          {700, 4096, Kind::bf16, 0},         {300, 2048, Kind::f32, 0}};
+  return {{4112, 8192, Kind::int4, 128},      {2050, 14336, Kind::int4, 128}, {520, 28672, Kind::int4_bias, 32},
+          {1030, 8192, Kind::int4_zeros, 64}, {3000, 4096, Kind::int8, 128},  {600, 8192, Kind::int8, 32},
+          {700, 8256, Kind::f16, 0},          {700, 4096, Kind::bf16, 0},     {300, 2048, Kind::f32, 0}};
 }
 
 uint32_t printed_seed() {
@@ -302,8 +316,9 @@ TEST_CASE("cuda matmul kernels agree with sums in double on large shapes", "[lar
 TEST_CASE("cuda matmul kernels agree with sums in double under a sanitizer", "[.sanitizer]") {
   std::mt19937 random(printed_seed());
   for (const WeightShape& shape :
-       {WeightShape{17, 65, Kind::int4, 32}, WeightShape{33, 4160, Kind::int4, 128}, WeightShape{150, 576, Kind::int4_zeros, 64},
-        WeightShape{40, 12352, Kind::int4, 64}, WeightShape{48, 576, Kind::int4_bias, 32}, WeightShape{33, 4160, Kind::int8, 128},
+       {WeightShape{17, 65, Kind::int4, 32}, WeightShape{33, 4160, Kind::int4, 128},
+        WeightShape{150, 576, Kind::int4_zeros, 64}, WeightShape{40, 12352, Kind::int4, 64},
+        WeightShape{48, 576, Kind::int4_bias, 32}, WeightShape{33, 4160, Kind::int8, 128},
         WeightShape{48, 576, Kind::f16, 0}, WeightShape{31, 130, Kind::bf16, 0}, WeightShape{5, 63, Kind::f32, 0}}) {
     INFO(shape.text());
     check_shape(make_problem(shape, 130, random), {1, 8, 16, 64, 130});
@@ -312,7 +327,8 @@ TEST_CASE("cuda matmul kernels agree with sums in double under a sanitizer", "[.
 
 TEST_CASE("cuda matmul gives the same bits in every run", "[small][large]") {
   std::mt19937 random(printed_seed());
-  for (const WeightShape& shape : {WeightShape{4112, 8192, Kind::int4, 128}, WeightShape{1030, 14336, Kind::int4_bias, 32}}) {
+  for (const WeightShape& shape :
+       {WeightShape{4112, 8192, Kind::int4, 128}, WeightShape{1030, 14336, Kind::int4_bias, 32}}) {
     const Problem p = make_problem(shape, 200, random);
     for (const uint32_t rows : {1u, 8u, 64u, 200u}) {
       const std::vector<float> first = run(p, 0, rows, true);
@@ -334,7 +350,8 @@ TEST_CASE("cuda matmul of several matrices gives the bits of one call for each",
   const uint32_t heights[3] = {80, 17, 33};
   for (const auto& kind : kinds) {
     std::vector<Problem> parts;
-    for (int i = 0; i < 3; ++i) parts.push_back(make_problem({heights[i], 4224, kind[i], kind[i] == Kind::f16 ? 0u : 64u}, 70, random));
+    for (int i = 0; i < 3; ++i)
+      parts.push_back(make_problem({heights[i], 4224, kind[i], kind[i] == Kind::f16 ? 0u : 64u}, 70, random));
     for (const uint32_t rows : {1u, 7u, 20u, 70u}) {
       INFO("seed " << seed << ", " << rows << " rows, kinds " << int(kind[0]) << int(kind[1]) << int(kind[2]));
       std::vector<DeviceBuffer> outs;
@@ -407,7 +424,11 @@ TEST_CASE("cuda matmul refuses what its header rules out and enqueues nothing", 
   CHECK(refused([](cuda::MatmulCall& c) { c.part[0].weight.scales = nullptr; }));
   CHECK(refused([](cuda::MatmulCall& c) { c.part[0].ldo = 16; }));
   CHECK(refused([](cuda::MatmulCall& c) { c.workspace_bytes = 0; }));
-  CHECK(refused([&](cuda::MatmulCall& c) { c.parts = 2; c.part[1] = c.part[0]; c.part[1].weight.cols = 64; }));
+  CHECK(refused([&](cuda::MatmulCall& c) {
+    c.parts = 2;
+    c.part[1] = c.part[0];
+    c.part[1].weight.cols = 64;
+  }));
   for (const float x : fetch(out, 4 * p.stride())) CHECK(std::isnan(x));
 }
 
