@@ -76,11 +76,7 @@ Status CudaBackend::check(cudaError_t code, const std::string& what) {
   if (code == cudaSuccess) [[likely]] return {};
   cudaGetLastError();  // a refusal is reported once
   Error error = error_of(code, fmt::format("{}: {}", device_.name, what));
-  if (is_sticky(code)) {
-    const std::lock_guard lock(dead_mutex_);
-    if (!dead_) death_ = error;
-    dead_ = true;
-  }
+  if (is_sticky(code)) die(error);
   return fail(std::move(error));
 }
 
@@ -88,8 +84,12 @@ Status CudaBackend::check(cudaError_t code, const std::string& what) {
 void CudaBackend::check_or_die(cudaError_t code, const char* what) {
   if (code == cudaSuccess) [[likely]] return;
   Status status = check(code, what);
+  die(std::move(status.error()));
+}
+
+void CudaBackend::die(Error error) {
   const std::lock_guard lock(dead_mutex_);
-  if (!dead_) death_ = std::move(status.error());
+  if (!dead_) death_ = std::move(error);
   dead_ = true;
 }
 
@@ -253,18 +253,24 @@ void CudaBackend::record_copy(EventId event) {
 }
 
 void CudaBackend::record_compute(EventId event) {
-  if (dead_ || !graphs_->flush()) return;
+  if (dead_ || !submit()) return;
   check_or_die(cudaEventRecord(events_[event], compute_), "recording an event");
 }
 
+// Submitted also where the copy is there already: segments must not depend on the time of day.
 void CudaBackend::compute_waits(EventId event) {
-  if (dead_) return;
-  // A copy that is there already needs no wait, and the segment goes on.
+  if (dead_ || !submit()) return;
   const cudaError_t state = cudaEventQuery(events_[event]);
   if (state == cudaSuccess) return;
   if (state != cudaErrorNotReady) return check_or_die(state, "asking for an event");
-  if (!graphs_->flush()) return;
   check_or_die(cudaStreamWaitEvent(compute_, events_[event], 0), "waiting for a copy");
+}
+
+// For calls that return nothing: what could not be submitted is missing in the pass, whose end must not come to nothing.
+bool CudaBackend::submit() {
+  Status status = graphs_->flush();
+  if (!status) die(std::move(status.error()));
+  return status.has_value();
 }
 
 void CudaBackend::copy_waits(EventId event) {

@@ -80,6 +80,8 @@ class CudaBackend final : public Backend {
   // Returns the error of `code`, if it is one, and remembers it if it is the last.
   Status check(cudaError_t code, const std::string& what);
   void check_or_die(cudaError_t code, const char* what);
+  void die(Error error);
+  bool submit();                        // what was added to the pass; false: it failed, and the backend is dead
   Status alive() const;
   Error out_of_memory(uint64_t bytes, const std::string& what) const;
 

@@ -18,7 +18,7 @@ namespace sluice::backend::cuda {
 namespace {
 
 // Kernels are loaded when they are first used, graphs upload their nodes, and cudaMalloc takes whole pages of 2 MiB: what
-// the context grows by after it was measured. On an H100: docs/design.md.
+// the context grows by after it was measured. tests/api/cuda_memory_test.cpp holds it against the driver's own count.
 constexpr uint64_t kLaterGrowth = 96 * kMiB;
 // Of a context, where NVML cannot tell: above what was seen on sm_75 to sm_90.
 constexpr uint64_t kAssumedContext = 640 * kMiB;

@@ -46,8 +46,8 @@ uint64_t largest_matmul_workspace(const Shape& shape) {
         }
         bytes = std::max(bytes, sluice::cuda::matmul_workspace_bytes(call));
       }
-      // Up to there a kernel may choose differently for every number of rows; beyond, it goes by blocks of 64.
-      if (rows >= 64) rows = std::max(rows, std::min(rows + 63, product.max_rows - 1));
+      // Up to there a kernel may choose differently for every number of rows; beyond, it goes by tiles of 16 or more.
+      if (rows >= 64) rows = std::max(rows, std::min(rows + 15, product.max_rows - 1));
     }
   }
   return bytes;
