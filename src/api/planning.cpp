@@ -14,7 +14,6 @@ namespace {
 
 constexpr uint32_t kDefaultContext = 4096;
 constexpr uint32_t kMostContext = 1u << 24;
-constexpr uint32_t kDefaultRows = 512;        // of a prefill pass, as the planner chooses where everything fits
 constexpr uint32_t kDefaultLogitRows = 8;
 constexpr double kShareOfFreeMemory = 0.8;    // taken without being asked: the rest of the machine goes on living
 // ... of a GPU's free memory this much is left: a desktop's windows come and go.
@@ -27,8 +26,8 @@ Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& optio
     return fail(ErrorCode::usage,
                 fmt::format("backend \"{}\" does not exist; there are: auto, cuda, cpu", options.backend));
   }
-  // A mapping is computed in where it is, which a GPU cannot.
-  if (options.backend == "cuda" || (automatic && options.io != Io::mmap)) {
+  // A mapping is computed in where it is, which a GPU cannot. Without the backend there is nothing to say.
+  if (options.backend == "cuda" || (automatic && options.io != Io::mmap && backend::has_cuda_backend())) {
     Result<std::unique_ptr<backend::Backend>> cuda = backend::make_cuda_backend({.device = 0, .log = options.log});
     if (cuda || !automatic) return cuda;
     log_info(options.log, fmt::format("running on the CPU: {}", cuda.error().message));
@@ -55,7 +54,7 @@ Result<uint32_t> choose_context(const storage::Container& container, const Model
 
 // Bytes that hold everything the model could use.
 uint64_t full_need(const storage::Manifest& manifest, const plan::Inputs& inputs) {
-  const plan::FixedNeed fixed = inputs.fixed_need(inputs.max_rows == 0 ? kDefaultRows : inputs.max_rows);
+  const plan::FixedNeed fixed = inputs.fixed_need(inputs.max_rows == 0 ? plan::kMostRows : inputs.max_rows);
   uint64_t bytes = fixed.kv_bytes + fixed.scratch_bytes + fixed.overhead_bytes;
   for (const storage::Tensor& tensor : manifest.tensors) {
     if (tensor.role == storage::Role::token_embedding) continue;
@@ -132,11 +131,12 @@ namespace sluice {
 Result<PlanReport> plan_model(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths) {
   SLUICE_TRY_ASSIGN(opening, api::open_and_plan(path, options, bandwidths));
   const plan::Plan& plan = opening.plan;
-  PlanReport report{.backend = opening.backend->name(), .device_bytes = opening.device_budget_bytes, .host_bytes = options.host_memory_bytes,
+  PlanReport report{.backend = opening.backend->name(), .device_bytes = opening.device_budget_bytes,
+                    .host_bytes = options.host_memory_bytes,
                     .resident_bytes = plan.resident_bytes, .host_tier_bytes = plan.host_bytes,
                     .disk_tier_bytes = plan.disk_bytes, .ring_bytes = plan.ring_bytes, .kv_bytes = plan.kv_bytes,
-
-                    .scratch_bytes = plan.scratch_bytes + plan.overhead_bytes, .context = opening.context, .max_rows = plan.max_rows,
+                    .scratch_bytes = plan.scratch_bytes + plan.overhead_bytes, .context = opening.context,
+                    .max_rows = plan.max_rows,
                     .smallest_device_bytes = plan.smallest_device_bytes, .pass_seconds = plan.pass_seconds,
                     .tokens_per_second = plan.pass_seconds > 0 ? 1 / plan.pass_seconds : 0, .bound = plan.bound,
                     .tensors = {}};

@@ -182,6 +182,7 @@ struct CudaOptions {
   int device = 0;                     // as CUDA counts the devices that this process sees
   LogHook log;
 };
+bool has_cuda_backend();   // in this build; whether a device works is another question
 // Errors: not_found (a build without CUDA, no driver, one too old, no device, no kernels for it), device.
 Result<std::unique_ptr<Backend>> make_cuda_backend(const CudaOptions& options);
 

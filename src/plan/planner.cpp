@@ -21,8 +21,6 @@ using storage::Tensor;
 // more of it only takes room from resident weights.
 constexpr uint64_t kRingTensors = 4;
 constexpr uint64_t kMinRingBytes = 4 * kMiB;
-// Rows of a prefill pass where memory is not the point.
-constexpr uint32_t kMostRows = 512;
 
 // Chooses items, in order, so that about `budget` bytes are taken and the taken ones are spread evenly: each item earns
 // credit in proportion to its size, and is taken when the credit covers it. Never exceeds `budget`.
@@ -189,8 +187,8 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
   plan.smallest_device_bytes = smallest_fixed + least_weights;
   if (inputs.device_budget_bytes < plan.smallest_device_bytes) {
     return fail(ErrorCode::budget,
-                fmt::format("a device budget of {} is too small: KV cache and scratch (and a GPU's context) take {}, the stream ring at least {}; "
-                            "give at least --device-memory {}K or a shorter --context",
+                fmt::format("a device budget of {} is too small: KV cache and scratch (and a GPU's context) take {}, the "
+                            "stream ring at least {}; give at least --device-memory {}K or a shorter --context",
                             format_bytes(inputs.device_budget_bytes), format_bytes(smallest_fixed),
                             format_bytes(least_weights), ceil_div(plan.smallest_device_bytes, kKiB)));
   }

@@ -22,6 +22,9 @@ struct Bandwidths {
   double device_memory = 0;
 };
 
+// Rows of a prefill pass where memory is not the point.
+inline constexpr uint32_t kMostRows = 512;
+
 // What the backend takes besides weights when a pass has up to `max_rows` rows.
 struct FixedNeed {
   uint64_t kv_bytes = 0;

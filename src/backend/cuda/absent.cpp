@@ -5,14 +5,16 @@
 
 namespace sluice::backend {
 
+bool has_cuda_backend() { return false; }
+
 Result<std::unique_ptr<Backend>> make_cuda_backend(const CudaOptions&) {
-  return fail(ErrorCode::not_found, "this build has no CUDA backend: nvcc was not there (-Dcuda=enabled says why)");
+  return fail(ErrorCode::not_found, "this build has no CUDA backend; configure it with -Dcuda=enabled (needs nvcc)");
 }
 
 namespace cuda {
 
 Result<Rates> measure_rates(int, RateDetail) {
-  return fail(ErrorCode::not_found, "this build has no CUDA backend: nvcc was not there (-Dcuda=enabled says why)");
+  return fail(ErrorCode::not_found, "this build has no CUDA backend; configure it with -Dcuda=enabled (needs nvcc)");
 }
 
 }  // namespace cuda

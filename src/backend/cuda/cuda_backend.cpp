@@ -394,6 +394,8 @@ Status CudaBackend::load_kv(uint32_t session, uint32_t tokens, std::span<const s
 
 namespace sluice::backend {
 
+bool has_cuda_backend() { return true; }
+
 Result<std::unique_ptr<Backend>> make_cuda_backend(const CudaOptions& options) {
   return cuda::CudaBackend::create(options);
 }
