@@ -79,8 +79,8 @@ bool place(const Manifest& manifest, const std::vector<uint32_t>& matrices, uint
   }
   if (pinned + largest_streamed > room) return false;
 
-  // Up to two tensors the ring comes first: with one, nothing lands while it is in use, and streaming from disk fell to
-  // 0.87 of the drive's rate (2 cores, 2.7 GB/s; 0.97 with two and more). Then it shares, until it has what it wants.
+  // Up to two tensors the ring comes first: with room for one, nothing lands while it is in use. Then it shares, until it
+  // has what it wants.
   const uint64_t wanted_ring = std::max(kMinRingBytes, kRingTensors * largest_streamed);
   const uint64_t spare = room - pinned - largest_streamed;
   const uint64_t second = std::min(spare, largest_streamed);
