@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/bundle: what it makes runs without any library of this machine but glibc. Environment: that of sluice_process,
+SLUICE_SOURCE (the source folder)."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unittest
+
+import sluice_process as sp
+from sluice_process import CliTest
+
+BUNDLE = os.path.join(os.environ["SLUICE_SOURCE"], "tools", "bundle")
+BUILD = os.path.dirname(sp.BINARY)
+GLIBC = re.compile(r"^(linux-vdso|.*ld-linux.*|libc|libm|libdl|libpthread|librt)\.so")
+
+# Meson's "skipped": nothing of this can be tried without it.
+if shutil.which("patchelf") is None:
+    print("skipped: patchelf is not installed")
+    sys.exit(77)
+
+
+def bundle(*arguments):
+    return subprocess.run([BUNDLE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120)
+
+
+class Bundle(CliTest):
+    @classmethod
+    def setUpClass(cls):
+        tarball = os.path.join(sp.SCRATCH, "bundle.tar.gz")
+        cls.done = bundle(BUILD, "-o", tarball)
+        if cls.done.returncode != 0:
+            raise AssertionError(cls.done.stderr)
+        # Nobody unpacks it where it was built.
+        root = os.path.join(sp.SCRATCH, "a folder with spaces")
+        shutil.unpack_archive(tarball, root)
+        cls.folder = os.path.join(root, os.listdir(root)[0])
+        cls.binary = os.path.join(cls.folder, "bin", "sluice")
+
+    def libraries(self, file):
+        done = subprocess.run(["ldd", file], stdout=subprocess.PIPE, text=True, env={"PATH": os.environ["PATH"]}, check=True)
+        for line in done.stdout.splitlines():
+            name, _, path = line.strip().partition(" => ")
+            yield name.split(" (")[0], path.split(" (")[0]
+
+    def test_only_glibc_comes_from_the_machine(self):
+        files = [self.binary] + [os.path.join(self.folder, "lib", name) for name in os.listdir(f"{self.folder}/lib")]
+        for file in files:
+            for name, path in self.libraries(file):
+                with self.subTest(file=os.path.basename(file), name=name):
+                    self.assertNotIn("not found", path)
+                    if not GLIBC.match(os.path.basename(name)):
+                        self.assertEqual(os.path.dirname(os.path.realpath(path)), os.path.realpath(f"{self.folder}/lib"))
+
+    def test_it_says_which_glibc_it_needs(self):
+        self.assertRegex(self.done.stdout, r"needs glibc 2\.\d+ or newer")
+
+    def test_it_runs_with_an_empty_environment(self):
+        done = subprocess.run([self.binary, "--version"], stdout=subprocess.PIPE, text=True, env={}, timeout=60, check=True)
+        self.assertRegex(done.stdout, r"^sluice \d+\.\d+\.\d+\n$")
+
+    def test_it_runs_where_there_is_nothing_but_glibc(self):
+        """In a root of its own: the bundle, glibc, a checkpoint. What it computes is what the build computes."""
+        if os.geteuid() != 0:
+            self.skipTest("chroot needs root")
+        root = os.path.join(sp.SCRATCH, "root")
+        shutil.copytree(self.folder, f"{root}/opt/sluice")
+        for name, path in self.libraries(self.binary):
+            path = path or name
+            if GLIBC.match(os.path.basename(name)) and os.path.isabs(path):
+                os.makedirs(root + os.path.dirname(path), exist_ok=True)
+                shutil.copy(os.path.realpath(path), root + path)
+        os.makedirs(f"{root}/tmp")
+        # The loader asks the kernel where $ORIGIN is; no /proc is mounted here.
+        os.makedirs(f"{root}/proc/self")
+        os.symlink("/opt/sluice/bin/sluice", f"{root}/proc/self/exe")
+        shutil.copy(sp.golden(), f"{root}/tmp/model.sluice")
+        arguments = ["--ids", "1,2,3", "-n", "8", "--backend", "cpu", "--json", "--temp", "0"]
+        there = subprocess.run(["/opt/sluice/bin/sluice", "run", "/tmp/model.sluice", *arguments], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={}, timeout=60, preexec_fn=lambda: os.chroot(root),
+                               cwd="/")
+        self.assertEqual(there.returncode, 0, there.stderr)
+        here = self.prints_json("run", sp.golden(), *arguments)
+        self.assertEqual(sp.json.loads(there.stdout)["ids"], here["ids"])
+
+
+class Refusals(CliTest):
+    def test_a_build_that_is_not_there_is_named(self):
+        done = bundle(os.path.join(sp.SCRATCH, "no such build"))
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("no such build/sluice is not there; build it with: ninja -C", done.stderr)
+
+    def test_a_missing_tool_is_named(self):
+        done = subprocess.run([sys.executable, BUNDLE, BUILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={"PATH": sp.SCRATCH}, timeout=60)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("patchelf was not found; tools/install-packages", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
