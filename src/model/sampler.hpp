@@ -34,7 +34,8 @@ class Sampler {
     float logit = 0;
     int32_t id = 0;
   };
-  size_t sort_leading(size_t wanted);
+  size_t gather_leading(std::span<const float> logits, size_t wanted);
+  size_t sort_leading(size_t wanted, size_t count);
   size_t keep_top_p(size_t kept, size_t sorted);
   size_t keep_min_p(size_t kept, size_t sorted);
   int32_t draw(size_t kept);

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <bit>
 #include <cmath>
 
 #include "base/half.hpp"
@@ -14,6 +15,23 @@ TEST_CASE("byte quantities take binary suffixes and refuse nonsense") {
   for (const char* bad : {"", "x", "-1", "1X", "1e30G", "nan", "12 M", "G"}) {
     CAPTURE(bad);
     CHECK_FALSE(sluice::parse_bytes(bad).has_value());
+  }
+}
+
+TEST_CASE("every half is the float that its sign, exponent and mantissa say") {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float value = sluice::float_from_half(static_cast<uint16_t>(bits));
+    const int exponent = (bits >> 10) & 0x1f, mantissa = bits & 0x3ff;
+    INFO("bits " << bits);
+    REQUIRE(std::signbit(value) == (bits >= 0x8000));
+    if (exponent == 0x1f) {
+      REQUIRE((mantissa == 0 ? std::isinf(value) : std::isnan(value)));
+      // A NaN's payload stays, so that a conversion back tells where it came from.
+      REQUIRE((std::bit_cast<uint32_t>(value) & 0x7fffffu) == static_cast<uint32_t>(mantissa) << 13);
+      continue;
+    }
+    const double magnitude = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+    REQUIRE(std::abs(static_cast<double>(value)) == magnitude);
   }
 }
 

@@ -71,6 +71,48 @@ TEST_CASE("top_k keeps the k likeliest") {
   for (const auto& [id, count] : counts) CHECK(allowed.count(id) == 1);
 }
 
+TEST_CASE("the likeliest token is found wherever it is, at every length") {
+  for (size_t size = 1; size <= 300; ++size) {
+    std::vector<float> logits(size, -3.0f);
+    for (size_t at = 0; at < size; at += 1 + size / 7) {
+      logits[at] = 2.5f;
+      if (at + 1 < size) logits[size - 1] = 2.5f;   // an equal one behind it
+      REQUIRE(argmax(logits) == static_cast<int32_t>(at));
+      logits[at] = logits[size - 1] = -3.0f;
+    }
+  }
+  CHECK(argmax(std::vector<float>{-0.0f, 0.0f}) == 0);
+}
+
+TEST_CASE("top_k draws what sorting everything would draw, ties included") {
+  std::mt19937 random(std::random_device{}());
+  for (const size_t vocab : {1u, 2u, 63u, 64u, 200u, 4096u, 50000u}) {
+    for (const int top_k : {1, 2, 40, 1000}) {
+      for (const bool ties : {false, true}) {
+        const auto seed = static_cast<uint32_t>(random());
+        INFO("vocabulary " << vocab << ", top_k " << top_k << ", ties " << ties << ", seed " << seed);
+        std::vector<float> logits = random_logits(vocab, seed);
+        // Few different values; and the reverse of what a walk through ascending ids likes, where there are none.
+        if (ties) for (float& logit : logits) logit = std::round(logit);
+        else if (seed % 2 == 0) std::sort(logits.begin(), logits.end());
+        std::vector<int32_t> order(vocab);
+        for (size_t i = 0; i < vocab; ++i) order[i] = static_cast<int32_t>(i);
+        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+        order.resize(std::min<size_t>(vocab, static_cast<size_t>(top_k)));
+        // The draw alone, from logits that are sorted already; with the same seed it takes the same places.
+        std::vector<float> sorted;
+        for (const int32_t id : order) sorted.push_back(logits[static_cast<size_t>(id)]);
+        Sampler whole({.temperature = 1, .top_k = top_k, .seed = 5}, static_cast<uint32_t>(vocab));
+        Sampler leading({.temperature = 1, .seed = 5}, static_cast<uint32_t>(sorted.size()));
+        const bool all = static_cast<size_t>(top_k) >= vocab;   // then nothing is sorted
+        for (int i = 0; i < 20 && !all; ++i) {
+          REQUIRE(whole.sample(logits, {}) == order[static_cast<size_t>(leading.sample(sorted, {}))]);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("top_p keeps the fewest tokens that reach it, sorted in parts or whole") {
   CHECK(draw({.temperature = 1, .top_p = 0.65f}, log_of({0.1, 0.2, 0.3, 0.4}), 2000).size() == 2);
   CHECK(draw({.temperature = 1, .top_p = 0.75f}, log_of({0.1, 0.2, 0.3, 0.4}), 2000).size() == 3);
