@@ -9,6 +9,7 @@
 
 #include "flags.hpp"
 #include "interrupt.hpp"
+#include "kernel_table.hpp"
 #include "output.hpp"
 #include "timing_report.hpp"
 #include "verb.hpp"
@@ -23,7 +24,8 @@ struct Flags {
   std::string path;
   uint32_t prompt = 512, generate = 128, repeats = 3;
   ModelOptions options;
-  bool json = false;
+  bool json = false, kernels = false;
+  std::vector<uint32_t> kernel_rows = {1, 2, 4, 8, 16, 64, 512};
 };
 
 // One repetition.
@@ -246,9 +248,19 @@ void add_bench(CLI::App& app, Chosen& chosen) {
   verb->add_option("-r,--repeat", flags->repeats, "Repetitions; figures are their medians (default 3)")
       ->check(CLI::Range(1, 1000))->type_name("N");
   verb->add_flag("--json", flags->json, "Print the figures as JSON");
+  CLI::Option* kernels = verb->add_flag("--kernels", flags->kernels,
+                                        "Time the matrix kernels of the GPU in the model's shapes instead, weights not in "
+                                        "any cache, beside the memory's read rate and cuBLAS");
+  verb->add_option("--rows", flags->kernel_rows, "Tokens of a launch (default 1,2,4,8,16,64,512)")
+      ->needs(kernels)->delimiter(',')->check(CLI::Range(1, 2048))->type_name("M,M,...");
   add_model_flags(*verb, flags->options);
-  verb->footer("Example:\n  sluice bench models/smollm2-135m.sluice -p 512 -n 128 -r 3 --device-memory 48M");
-  verb->callback([flags, &chosen] { chosen.action = [flags] { return bench(*flags); }; });
+  verb->footer("Example:\n  sluice bench models/smollm2-135m.sluice -p 512 -n 128 -r 3 --device-memory 48M\n"
+               "  sluice bench models/smollm2-135m.sluice --kernels --rows 1,8,512");
+  verb->callback([flags, &chosen] {
+    chosen.action = [flags] {
+      return flags->kernels ? bench_kernel_table(flags->path, flags->kernel_rows, flags->json) : bench(*flags);
+    };
+  });
 }
 
 }  // namespace sluice::cli

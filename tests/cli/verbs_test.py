@@ -38,6 +38,23 @@ class Help(CliTest):
         self.assertRegex(self.succeeds("--version").stdout.decode(), r"^sluice \d+\.\d+\.\d+\n$")
 
 
+class Kernels(CliTest):
+    def test_kernels_are_timed_where_there_is_a_gpu_and_refused_in_a_sentence_elsewhere(self):
+        done = sluice("bench", sp.golden(), "--kernels", "--rows", "1,8", "--json")
+        if done.returncode != 0:
+            self.assert_refused(done, sp.NOT_FOUND)
+            return
+        times = sp.json.loads(done.stdout)["times"]
+        self.assertEqual([time["rows"] for time in times], [1, 8] * (len(times) // 2))
+        for time in times:
+            self.assertGreater(time["seconds"], 0)
+            self.assertLess(time["share_of_ceiling"], 1.5)
+
+    def test_rows_belong_to_kernels(self):
+        self.assert_refused(sluice("bench", sp.golden(), "--rows", "1"), sp.USAGE, "--kernels")
+        self.assert_refused(sluice("bench", sp.golden(), "--kernels", "--rows", "4096"), sp.USAGE, "--rows")
+
+
 class Files(CliTest):
     def test_import_reports_as_json_and_its_output_verifies(self):
         output = os.path.join(sp.SCRATCH, "imported.sluice")

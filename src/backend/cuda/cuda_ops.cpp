@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 
 #include "backend/cuda/cuda_backend.hpp"
+#include "backend/cuda/weight_planes.hpp"
 #include "base/check.hpp"
-#include "base/units.hpp"
 #include "cuda/elementwise.hpp"
 #include "cuda/matmul.hpp"
 
@@ -12,35 +12,9 @@ namespace sluice::backend::cuda {
 
 using sluice::cuda::MatmulCall;
 using sluice::cuda::MatmulPart;
-using sluice::cuda::MatmulWeight;
-using sluice::cuda::WeightFormat;
 using sluice::cuda::x_stride;
-using storage::Scheme;
 
 namespace {
-
-WeightFormat format_of(Scheme scheme) {
-  switch (scheme) {
-    case Scheme::int4: return WeightFormat::int4;
-    case Scheme::int8: return WeightFormat::int8;
-    case Scheme::f16: return WeightFormat::f16;
-    case Scheme::bf16: return WeightFormat::bf16;
-    case Scheme::f32: return WeightFormat::f32;
-  }
-  return WeightFormat::f32;
-}
-
-uint64_t value_bytes(const Weight& weight) {
-  const uint64_t tiles = ceil_div(weight.rows, 16);
-  switch (weight.scheme) {
-    case Scheme::int4: return tiles * ceil_div(weight.cols, 64) * 512;
-    case Scheme::int8: return tiles * ceil_div(weight.cols, 64) * 1024;
-    case Scheme::f16:
-    case Scheme::bf16: return tiles * ceil_div(weight.cols, 16) * 512;
-    case Scheme::f32: return uint64_t{weight.rows} * weight.cols * sizeof(float);
-  }
-  return 0;
-}
 
 const char* name_of(OpKind kind) {
   switch (kind) {
@@ -137,9 +111,8 @@ cudaError_t CudaBackend::matmul(const Op& op, const Target& target) const {
     MatmulPart& part = call.part[i];
     part.weight = {.format = format_of(weight.scheme), .rows = weight.rows, .cols = weight.cols,
                    .group_elems = weight.group_elems, .scale = weight.scale,
-                   .values = at(weight.values, value_bytes(weight))};
-    if (weight.scheme == Scheme::int4 || weight.scheme == Scheme::int8) {
-      const uint64_t parameters = ceil_div(weight.rows, 16) * ceil_div(weight.cols, weight.group_elems) * 16;
+                   .values = at(weight.values, value_bytes(weight.scheme, weight.rows, weight.cols))};
+    if (const uint64_t parameters = parameter_count(weight.rows, weight.cols, weight.group_elems); parameters != 0) {
       part.weight.scales = reinterpret_cast<const __half*>(at(weight.scales, parameters * 2));
       if (weight.has_zeros) part.weight.zeros = reinterpret_cast<const uint8_t*>(at(weight.zeros, parameters));
       if (weight.has_bias) part.weight.bias = reinterpret_cast<const __half*>(at(weight.bias, parameters * 2));
