@@ -21,6 +21,7 @@
 #include <cstdint>
 
 #include "cuda/kv_cache.hpp"
+#include "cuda/stamps.hpp"
 
 namespace sluice::cuda {
 
@@ -47,6 +48,7 @@ struct HeadNormRopeStore {
   uint32_t row_count = 0, heads = 0;
   KvCacheView cache;                   // brings kv_heads and head_dim
   uint32_t layer = 0;
+  Stamp* stamp = nullptr;              // or null: its beginning is written
   bool programmatic = false;           // launch with programmatic stream serialization (sm_90 and later only)
 };
 cudaError_t launch_head_norm_rope_store(const HeadNormRopeStore& args, cudaStream_t stream);
@@ -61,7 +63,7 @@ struct Attention {
   const uint32_t* positions = nullptr; // [row_count]; ascending within a session
   uint32_t row_count = 0, heads = 0;
   // At least 1 + the largest position of any row; it sizes the grid of decode, never the result. A graph that is
-  // replayed while positions grow is captured with the bound it will reach; the context length always serves.
+  // replayed while positions grow is captured with the bound it will reach: attention_bound(), or the context length.
   uint32_t position_bound = 0;
   KvCacheView cache;
   uint32_t layer = 0;
@@ -69,8 +71,14 @@ struct Attention {
   // leaves it ready for the next one. Launches that share it must be in one stream.
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
+  Stamp* stamp = nullptr;              // or null: its beginning and end are written
   bool programmatic = false;           // as above; decode only
 };
+
+// A bound for `positions` (1..context) that changes seldom as they grow: twice as many splits each time, and `context` once
+// a larger bound would make no larger grid. So a graph serves from some bound to the next, and short contexts launch few
+// blocks: of the 32 splits of 64 heads on 8, 31 would return at once while a sequence is short.
+uint32_t attention_bound(uint32_t heads, uint32_t kv_heads, uint32_t positions, uint32_t context);
 
 // Workspace of decode attention for up to `context` positions; it does not grow with the rows of a pass.
 size_t attention_workspace_bytes(uint32_t heads, uint32_t kv_heads, uint32_t head_dim, uint32_t context);

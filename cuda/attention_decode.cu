@@ -41,6 +41,7 @@
 
 #include "cuda/attention.hpp"
 #include "cuda/attention_mma.cuh"
+#include "cuda/stamps.cuh"
 
 namespace sluice::cuda {
 
@@ -89,6 +90,7 @@ struct DecodeParams {
   uint32_t head_tiles = 0;
   uint32_t x_stride = 0;
   float score_scale = 0;         // log2(e) / sqrt(head_dim)
+  Stamp* begin_stamp = nullptr;  // args.stamp, of the first launch of several
 };
 
 // Where this block works.
@@ -467,6 +469,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? kSmallBlocksPerSm 
   const Place place = find_place(params);  // the rows of a pass were uploaded before the previous grid began
   wait_for_previous_grid();
   let_next_grid_start();
+  stamp_begin(params.begin_stamp);
   if (blockIdx.y >= place.splits) return;
   WarpState<kHeadDim> state;
   attend<kHeadDim>(state, shared, params, place);
@@ -490,7 +493,10 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? kSmallBlocksPerSm 
     *reinterpret_cast<float4*>(params.partials + at * kHeadDim + dim) = x;
     if (dim == 0) params.states[at] = {maximum, sum};
   }
-  if (place.splits == 1) return;
+  if (place.splits == 1) {
+    if (threadIdx.x == 0) stamp_end(params.args.stamp);
+    return;
+  }
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -502,6 +508,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? kSmallBlocksPerSm 
   if (!shared.last) return;
   __threadfence();
   join_splits<kHeadDim>(shared, params, place);
+  if (threadIdx.x == 0) stamp_end(params.args.stamp);
 }
 
 template <int kHeadDim>
@@ -540,6 +547,13 @@ bool attention_supported(uint32_t heads, uint32_t kv_heads, uint32_t head_dim) {
   return dim && kv_heads != 0 && heads != 0 && heads % kv_heads == 0 && heads / kv_heads <= 2 * kTileHeads;
 }
 
+uint32_t attention_bound(uint32_t heads, uint32_t kv_heads, uint32_t positions, uint32_t context) {
+  const uint32_t most = max_splits(heads, kv_heads) * kKvBlockPositions;
+  uint32_t bound = kKvBlockPositions;
+  while (bound < positions && bound < most) bound *= 2;
+  return bound >= most || bound >= context ? context : bound;
+}
+
 size_t attention_workspace_bytes(uint32_t heads, uint32_t kv_heads, uint32_t head_dim, uint32_t context) {
   const uint32_t blocks = (context + kKvBlockPositions - 1) / kKvBlockPositions;
   return workspace_of(heads, kv_heads, head_dim, std::min(blocks, max_splits(heads, kv_heads))).bytes;
@@ -574,6 +588,7 @@ cudaError_t launch_attention_decode(const Attention& args, cudaStream_t stream) 
     params.args.positions = args.positions + row;
     if (args.out != nullptr) params.args.out = args.out + row * width;
     if (args.out_x != nullptr) params.args.out_x = args.out_x + size_t{row} * params.x_stride;
+    params.begin_stamp = row == 0 ? args.stamp : nullptr;
     const dim3 grid(cache.kv_heads * params.head_tiles, splits, std::min(kDecodeRows, args.row_count - row));
     if (const cudaError_t error = launch_run(params, grid, stream); error != cudaSuccess) return error;
   }

@@ -30,6 +30,7 @@
 // Source: FlashAttention-2, Dao, arXiv 2307.08691.
 #include "cuda/attention.hpp"
 #include "cuda/attention_mma.cuh"
+#include "cuda/stamps.cuh"
 
 namespace sluice::cuda {
 
@@ -306,6 +307,7 @@ __global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads) attention_pr
   using Shape = PrefillShape<kHeadDim>;
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ uint32_t sessions[Shape::kRows], positions[Shape::kRows];
+  stamp_begin(params.args.stamp);
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
   const uint32_t head = blockIdx.x, kv_head = head / (params.args.heads / params.args.cache.kv_heads);
   const uint32_t first_row = (params.row_tiles - 1 - blockIdx.y) * Shape::kRows;
@@ -357,6 +359,7 @@ __global__ void __launch_bounds__(PrefillShape<kHeadDim>::kThreads) attention_pr
     attend_run<kHeadDim>(state, tiles, params, table, kv_head, positions[last - 1] + 1, limit, factor, query);
   }
   write_rows<kHeadDim>(state, params, first_row, row_count, head);
+  if (threadIdx.x == 0) stamp_end(params.args.stamp);
 }
 
 template <int kHeadDim>

@@ -6,11 +6,15 @@
 //   rms_norm         (rows)                        <= 1024 8 hidden read (once from L1), 2 hidden written
 //   swiglu           (width / 2048, rows)          256     8 width read, 2 width written
 //   select_rows      (width / 256)                 256     8 width for a row that moves
+//   finish_pass      (logits / 4096)               256     4 a logit over the bus, 16 a kernel of the pass
+//   stamp            1                             1       8
 //
 // With programmatic stream serialization a kernel lets the next one start at once, and touches nothing that another kernel
 // wrote before grid_wait(). Sums are taken in an order that depends on the width alone, so a row's bits do not depend on
 // the rows beside it.
 #include "cuda/elementwise.hpp"
+
+#include "cuda/stamps.cuh"
 
 namespace sluice::cuda {
 namespace {
@@ -96,6 +100,7 @@ __global__ void begin_pass_kernel(BeginPass a) {
   grid_let_next_start();
   const uint32_t row = blockIdx.y;
   grid_wait();  // the pass before may still read what is written here
+  stamp_begin(a.stamp);
   const uint32_t i = blockIdx.x * kBlock + threadIdx.x;
   const float* in = a.host_embeddings + size_t{row} * a.hidden;
   float* out = a.residual + size_t{row} * a.hidden;
@@ -129,6 +134,7 @@ __global__ void rms_norm_kernel(RmsNorm a) {
   float4 first = ones;
   if (a.weight != nullptr && threadIdx.x < vectors) first = load4<kAligned>(a.weight, threadIdx.x, a.width);
   grid_wait();
+  stamp_begin(a.stamp);
   SumAndMax part{0.0f, 0.0f};
   const auto weighted = [&](uint32_t i, float4 x) {
     if (i == threadIdx.x) return times(x, first);
@@ -148,7 +154,10 @@ __global__ void rms_norm_kernel(RmsNorm a) {
     if (i < vectors) y = times(weighted(i, load4<kAligned>(in, i, a.width)), factor / scale);
     store4(out, i, y);
   }
-  if (threadIdx.x == 0) a.row_scale[row] = scale;
+  if (threadIdx.x == 0) {
+    a.row_scale[row] = scale;
+    stamp_end(a.stamp);
+  }
 }
 
 __device__ __forceinline__ float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
@@ -167,6 +176,7 @@ template <bool kAligned>
 __global__ void swiglu_kernel(Swiglu a) {
   grid_let_next_start();
   grid_wait();
+  stamp_begin(a.stamp);
   const uint32_t row = blockIdx.y, vectors = (a.width + 3) / 4, padded = x_stride(a.width) / 4;
   __half* out = a.out + size_t{row} * x_stride(a.width);
   float largest = 0.0f;
@@ -195,6 +205,7 @@ __global__ void swiglu_kernel(Swiglu a) {
   if (threadIdx.x == 0) {
     a.sync[row] = make_uint2(0, 0);
     a.row_scale[row] = scale;
+    stamp_end(a.stamp);  // early in the rare case below
   }
   if (scale == 1.0f) return;
   for (uint32_t i = threadIdx.x; i < vectors; i += kBlock) {
@@ -207,12 +218,35 @@ __global__ void select_rows_kernel(SelectRows a) {
   grid_let_next_start();
   const uint32_t column = blockIdx.x * kBlock + threadIdx.x;
   grid_wait();
+  stamp_begin(a.stamp);
   if (column >= a.width) return;
   for (uint32_t r = 0; r < a.selected_rows; ++r) {
     const uint32_t from = a.selected[r];
     if (from != r) a.rows[size_t{r} * a.width + column] = a.rows[size_t{from} * a.width + column];
   }
 }
+
+constexpr uint32_t kLogitsPerThread = 16;
+
+// The stores cross the bus and need no answer. The first block sends the stamps, its own among them.
+__global__ void finish_pass_kernel(FinishPass a) {
+  grid_wait();
+  if (blockIdx.x == 0 && a.stamp_count != 0) {
+    if (threadIdx.x == 0) a.stamps[a.stamp_count - 1].begin_ns = gpu_clock_ns();
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < a.stamp_count; i += kBlock) a.host_stamps[i] = a.stamps[i];
+  }
+  const uint64_t quads = a.logit_count / 4, first = uint64_t{blockIdx.x} * kBlock * (kLogitsPerThread / 4) + threadIdx.x;
+#pragma unroll
+  for (uint32_t k = 0; k < kLogitsPerThread / 4; ++k) {
+    const uint64_t i = first + k * kBlock;
+    if (i < quads) reinterpret_cast<float4*>(a.host_logits)[i] = reinterpret_cast<const float4*>(a.logits)[i];
+  }
+  const uint64_t rest = 4 * quads + threadIdx.x;
+  if (blockIdx.x == 0 && rest < a.logit_count) a.host_logits[rest] = a.logits[rest];
+}
+
+__global__ void stamp_kernel(Stamp* stamp, bool end) { (end ? stamp->end_ns : stamp->begin_ns) = gpu_clock_ns(); }
 
 uint32_t ceil_div(uint32_t value, uint32_t by) { return (value + by - 1) / by; }
 
@@ -261,6 +295,18 @@ cudaError_t launch_swiglu(const Swiglu& args, cudaStream_t stream) {
 cudaError_t launch_select_rows(const SelectRows& args, cudaStream_t stream) {
   if (args.width == 0 || args.selected_rows == 0) return cudaErrorInvalidValue;
   return launch(select_rows_kernel, dim3(ceil_div(args.width, kBlock)), kBlock, args, stream);
+}
+
+cudaError_t launch_finish_pass(const FinishPass& args, cudaStream_t stream) {
+  if (args.logit_count / (kBlock * kLogitsPerThread) > 0x7ffffffeu) return cudaErrorInvalidValue;
+  const auto blocks = static_cast<uint32_t>(args.logit_count / (kBlock * kLogitsPerThread)) + 1;
+  return launch(finish_pass_kernel, dim3(blocks), kBlock, args, stream);
+}
+
+cudaError_t launch_stamp(Stamp* stamp, bool end, cudaStream_t stream) {
+  if (stamp == nullptr) return cudaErrorInvalidValue;
+  stamp_kernel<<<1, 1, 0, stream>>>(stamp, end);
+  return cudaGetLastError();
 }
 
 cudaError_t probe_kernels() {

@@ -9,13 +9,15 @@
 // Every function enqueues on `stream`, allocates nothing, and returns the launch's error. All pointers are device
 // memory but where `host` is in the name: pinned memory that the device reads in place. Rows are independent: what a
 // row gives does not depend on the others. `programmatic`: launch with programmatic stream serialization (sm_90 and later
-// only).
+// only). `stamp`, or null: the kernel writes when it began, RMSNorm and SwiGLU also when they ended.
 #pragma once
 
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+
+#include "cuda/stamps.hpp"
 
 #if defined(__CUDACC__)
 #define SLUICE_HOST_DEVICE __host__ __device__
@@ -47,6 +49,7 @@ struct BeginPass {
   float* residual = nullptr;                  // [rows][hidden]
   RowTable table;
   float2* angles = nullptr;                   // [rows][pairs]: {cos, sin} * attention_factor
+  Stamp* stamp = nullptr;
   bool programmatic = false;
 };
 cudaError_t launch_begin_pass(const BeginPass& args, cudaStream_t stream);
@@ -59,6 +62,7 @@ struct RmsNorm {
   uint32_t rows = 0, width = 0;
   __half* out = nullptr;                      // [rows][x_stride(width)]
   float* row_scale = nullptr;                 // [rows]
+  Stamp* stamp = nullptr;
   bool programmatic = false;
 };
 cudaError_t launch_rms_norm(const RmsNorm& args, cudaStream_t stream);
@@ -72,6 +76,7 @@ struct Swiglu {
   __half* out = nullptr;                      // [rows][x_stride(width)]
   float* row_scale = nullptr;                 // [rows]
   uint2* sync = nullptr;                      // [rows]
+  Stamp* stamp = nullptr;
   bool programmatic = false;
 };
 cudaError_t launch_swiglu(const Swiglu& args, cudaStream_t stream);
@@ -82,9 +87,26 @@ struct SelectRows {
   float* rows = nullptr;                      // [at least selected_rows][width]
   const uint32_t* selected = nullptr;         // [selected_rows], ascending
   uint32_t selected_rows = 0, width = 0;
+  Stamp* stamp = nullptr;
   bool programmatic = false;
 };
 cudaError_t launch_select_rows(const SelectRows& args, cudaStream_t stream);
+
+// Hands a pass over to the host: logits and stamps into pinned memory, which the host reads behind the queue's end.
+// Where `stamp_count` is 0, no stamps; where `logit_count` is 0, no logits.
+struct FinishPass {
+  const float* logits = nullptr;              // [logit_count]
+  float* host_logits = nullptr;               // 16-byte aligned, as `logits`
+  uint64_t logit_count = 0;
+  Stamp* stamps = nullptr;                    // [stamp_count], the last of them this kernel's own
+  Stamp* host_stamps = nullptr;
+  uint32_t stamp_count = 0;
+  bool programmatic = false;
+};
+cudaError_t launch_finish_pass(const FinishPass& args, cudaStream_t stream);
+
+// Writes the time into stamp->begin_ns or, with `end`, stamp->end_ns: around products whose weights had to be waited for.
+cudaError_t launch_stamp(Stamp* stamp, bool end, cudaStream_t stream);
 
 // Success if this library holds kernels that the current device can run; else cudaErrorNoKernelImageForDevice or its like.
 cudaError_t probe_kernels();

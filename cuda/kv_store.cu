@@ -15,6 +15,7 @@
 // RoPE: Su et al., arXiv 2104.09864, in the half-split pairing of the GPT-NeoX code.
 #include "cuda/attention.hpp"
 #include "cuda/attention_mma.cuh"
+#include "cuda/stamps.cuh"
 
 namespace sluice::cuda {
 
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(kWarps * 32) head_norm_rope_store_f32(HeadNorm
   __shared__ __align__(16) float heads[kWarps][kMaxHeadDim];
   wait_for_previous_grid();
   let_next_grid_start();
+  stamp_begin(args.stamp);
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.y;
   const uint32_t dim = args.cache.head_dim, kv_heads = args.cache.kv_heads;
   uint32_t head = blockIdx.x * kWarps + warp;

@@ -109,6 +109,12 @@ struct DeviceMemory {
   uint64_t overhead_bytes = 0;        // that the process takes by using the device at all: context, kernels, graphs
 };
 
+// What an operation of a pass took on a device that works through its queue by itself.
+struct OpTime {
+  uint64_t wait_ns = 0;               // idle in front of it, for weights that had to be waited for
+  uint64_t run_ns = 0;
+};
+
 using EventId = uint32_t;
 
 class Backend {
@@ -160,6 +166,9 @@ class Backend {
   virtual Status run(const Op& op) = 0;
   // Waits for the compute queue and copies the logits, FP32 [wanted rows][vocab], to `logits` (empty: none wanted).
   virtual Status finish_pass(std::span<float> logits) = 0;
+  // Of the last finished pass, one for each `run`, in their order; valid until the next begin_pass. Empty where `run` itself
+  // computes (the CPU), and the caller's clock tells.
+  virtual std::span<const OpTime> op_times() const { return {}; }
 
   // KV cache of a session slot, between passes. `save_kv`/`load_kv`: positions 0..tokens-1 of all layers as opaque bytes,
   // kv_bytes(tokens) of them, the same for every slot.

@@ -102,6 +102,7 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
   SLUICE_TRY(embedding_->fetch(ids, embeddings));
   SLUICE_TRY(backend_->begin_pass(rows, embeddings));
   times[Stage::embed] += laps.lap();
+  const StageTimes before = times;
 
   for (const Step& step : program_) {
     AcquireTimes waits;
@@ -119,6 +120,11 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
   SLUICE_TRY(weights_->check_mapping());
   SLUICE_TRY(check_logits(rows, logits));
   times[Stage::lm_head] += laps.lap();
+  if (const std::span<const backend::OpTime> ops = backend_->op_times(); !ops.empty()) {
+    const StageTimes device = device_stages(program_, plan_, wanted > 0, ops, times.total() - before.total());
+    times = before;
+    for (size_t i = 0; i < device.ns.size(); ++i) times.ns[i] += device.ns[i];
+  }
   return {};
 }
 

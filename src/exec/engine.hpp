@@ -2,7 +2,6 @@
 // The layer pipeline: takes rows of tokens through the model, from the embedding to the logits.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "backend/backend.hpp"
+#include "exec/device_stages.hpp"
 #include "exec/embedding.hpp"
 #include "exec/program.hpp"
 #include "exec/weights.hpp"
@@ -19,13 +19,6 @@
 #include "storage/container.hpp"
 
 namespace sluice::exec {
-
-// Nanoseconds of one or more passes, by stage.
-struct StageTimes {
-  std::array<uint64_t, static_cast<size_t>(Stage::count)> ns{};
-  uint64_t& operator[](Stage stage) { return ns[static_cast<size_t>(stage)]; }
-  uint64_t operator[](Stage stage) const { return ns[static_cast<size_t>(stage)]; }
-};
 
 class Engine {
  public:

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What Sluice takes of a GPU's memory, as the driver sees it, against the budget it was given. Exits with 77 where there
-// is no GPU.
+// What Sluice takes of a GPU: memory, as the driver sees it, against the budget it was given; time, by its own clock,
+// against the host's. Exits with 77 where there is no GPU.
 #include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdio>
 
 #include "backend/cuda/device.hpp"
 #include "base/units.hpp"
@@ -73,8 +76,13 @@ TEST_CASE("everything that is taken of the GPU, context included, stays inside -
 
 TEST_CASE("memory that the GPU does not have is refused at open, with what to lower and to what") {
   const Fixture fixture;
+  // KV caches of twice the memory there is.
+  const Result<backend::cuda::Device> device = backend::cuda::Device::open(0);
+  REQUIRE(device);
+  const uint64_t session_bytes = uint64_t{4096} * 2 * 4 * 4 * 64 * sizeof(uint16_t);
+  const auto sessions = static_cast<uint32_t>(2 * device->total_bytes / session_bytes);
   const auto refused = Model::open(fixture.path, under_test({.device_memory_bytes = uint64_t{1} << 42, .context = 4096,
-                                                             .sessions = 4096}));
+                                                             .sessions = sessions}));
   REQUIRE(!refused);
   CHECK(refused.error().code == ErrorCode::out_of_memory);
   CHECK(refused.error().message.find("--device-memory") != std::string::npos);
@@ -89,5 +97,37 @@ TEST_CASE("two models on one GPU run in turns") {
   for (int i = 0; i < 3; ++i) {
     generate(first, 5);
     generate(second, 5);
+  }
+}
+
+TEST_CASE("the stages of a pass are the GPU's own times and add up to what the host sees") {
+  const Fixture fixture;
+  const auto report = plan_model(fixture.path, under_test({.device_memory_bytes = uint64_t{1} << 40, .max_rows = 8}), {});
+  REQUIRE(report);
+  struct Budget { const char* name; uint64_t device, host; };
+  const uint64_t all = report->resident_bytes;
+  for (const Budget& budget : {Budget{"resident", uint64_t{1} << 40, 0}, Budget{"from host", report->smallest_device_bytes, all},
+                               Budget{"from disk", report->smallest_device_bytes, 0}}) {
+    INFO(budget.name);
+    const Model model = open_or_fail(fixture.path, {.device_memory_bytes = budget.device, .host_memory_bytes = budget.host,
+                                                    .max_rows = 8});
+    Result<Session> session = model.new_session();
+    REQUIRE(session);
+    REQUIRE(session->append(std::vector<int32_t>{3, 141, 59}));
+    REQUIRE(session->generate({.max_tokens = 100, .sampling = {.temperature = 0}, .stop = {}, .ignore_eos = true},
+                              [](const Token&) { return true; }));
+    const PassTimes& times = session->timings().decode;
+    const double device = times.norm + times.matmul + times.rope + times.attention + times.activation;
+    std::printf("%s: of %.1f us a pass: norm %.1f, matmul %.1f, rope %.1f, attention %.1f, activation %.1f, lm_head and the "
+                "end %.1f, waits %.1f, embedding %.1f\n", budget.name, 1e4 * times.total, 1e4 * times.norm, 1e4 * times.matmul,
+                1e4 * times.rope, 1e4 * times.attention, 1e4 * times.activation, 1e4 * times.lm_head,
+                1e4 * (times.disk_wait + times.copy_wait), 1e4 * times.embed);
+    for (const double part : {times.norm, times.matmul, times.rope, times.attention, times.activation, times.lm_head}) {
+      CHECK(part > 0);
+    }
+    CHECK(device < times.total);
+    CHECK(std::abs(times.residual()) < 0.02 * times.total);
+    CHECK((times.disk_wait + times.copy_wait > 0) == (budget.device == report->smallest_device_bytes));
+    CHECK((times.disk_wait > 0) == (budget.device == report->smallest_device_bytes && budget.host == 0));
   }
 }

@@ -2,6 +2,7 @@
 // The kernels between the matrices on a GPU against double. Exits with 77 where there is none.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -271,6 +272,71 @@ TEST_CASE("rows that want logits move to the front and keep their bits") {
       }
     }
   }
+}
+
+TEST_CASE("a pass ends with its logits and stamps in host memory, its own among them") {
+  std::mt19937 random = seeded();
+  float* host_logits = nullptr;
+  Stamp* host_stamps = nullptr;
+  constexpr uint32_t kMost = 128256 + 8, kStamps = 1000;
+  check(cudaHostAlloc(reinterpret_cast<void**>(&host_logits), kMost * sizeof(float), cudaHostAllocDefault));
+  check(cudaHostAlloc(reinterpret_cast<void**>(&host_stamps), kStamps * sizeof(Stamp), cudaHostAllocDefault));
+  for (const uint32_t count : {0u, 1u, 3u, 4u, 4095u, 4096u, 4097u, 50257u, 128256u}) {
+    for (const uint32_t stamp_count : {0u, 1u, 257u, kStamps}) {
+      INFO(count << " logits, " << stamp_count << " stamps");
+      const std::vector<float> expected = random_floats(count, 3.0f, random);
+      const Device<float> logits(expected);
+      std::vector<Stamp> before(kStamps);
+      for (uint32_t i = 0; i < kStamps; ++i) before[i] = {i + 1, i + 2};
+      const Device<Stamp> stamps(before);
+      std::fill(host_logits, host_logits + kMost, -7.0f);
+      std::fill(host_stamps, host_stamps + kStamps, Stamp{});
+      check(launch_finish_pass({.logits = logits.get(), .host_logits = host_logits, .logit_count = count,
+                                .stamps = stamps.get(), .host_stamps = host_stamps, .stamp_count = stamp_count}, nullptr));
+      check(cudaDeviceSynchronize());
+      CHECK(std::equal(expected.begin(), expected.end(), host_logits));
+      CHECK(host_logits[count] == -7.0f);
+      for (uint32_t i = 0; i < kStamps; ++i) {
+        const bool own = i + 1 == stamp_count;
+        const unsigned long long begin = i < stamp_count ? i + 1 : 0, end = i < stamp_count ? i + 2 : 0;
+        REQUIRE((own ? host_stamps[i].begin_ns > 1'000'000 : host_stamps[i].begin_ns == begin));
+        REQUIRE(host_stamps[i].end_ns == end);
+      }
+    }
+  }
+  check(cudaFreeHost(host_logits));
+  check(cudaFreeHost(host_stamps));
+}
+
+TEST_CASE("kernels stamp their beginning and end in the order in which they run") {
+  std::mt19937 random = seeded();
+  constexpr uint32_t kRows = 5, kWidth = 4096;
+  const Device<float> in(random_floats(kRows * kWidth, 1.0f, random)), up(random_floats(kRows * kWidth, 1.0f, random));
+  const Device<__half> out(kRows * kWidth);
+  const Device<float> scale(kRows);
+  const Device<uint2> sync(std::vector<uint2>(kRows, uint2{0, 0}));
+  const Device<uint32_t> selected(std::vector<uint32_t>{1, 3});
+  const Device<Stamp> stamps(std::vector<Stamp>(5, Stamp{}));
+  check(launch_stamp(stamps.get(), false, nullptr));
+  check(launch_rms_norm({.in = in.get(), .rows = kRows, .width = kWidth, .out = out.get(), .row_scale = scale.get(),
+                         .stamp = stamps.get() + 1}, nullptr));
+  check(launch_swiglu({.gate = in.get(), .up = up.get(), .rows = kRows, .width = kWidth, .out = out.get(),
+                       .row_scale = scale.get(), .sync = sync.get(), .stamp = stamps.get() + 2}, nullptr));
+  check(launch_select_rows({.rows = in.get(), .selected = selected.get(), .selected_rows = 2, .width = kWidth,
+                            .stamp = stamps.get() + 3}, nullptr));
+  check(launch_stamp(stamps.get() + 4, true, nullptr));
+  const std::vector<Stamp> got = stamps.fetch();
+  CHECK(got[0].begin_ns > 0);
+  CHECK(got[0].end_ns == 0);
+  CHECK(got[1].begin_ns >= got[0].begin_ns);
+  CHECK(got[1].end_ns >= got[1].begin_ns);
+  CHECK(got[2].begin_ns >= got[1].end_ns);
+  CHECK(got[2].end_ns >= got[2].begin_ns);
+  CHECK(got[3].begin_ns >= got[2].end_ns);
+  CHECK(got[3].end_ns == 0);
+  CHECK(got[4].end_ns >= got[3].begin_ns);
+  CHECK(got[4].begin_ns == 0);
+  CHECK(launch_stamp(nullptr, true, nullptr) == cudaErrorInvalidValue);
 }
 
 TEST_CASE("shapes without sense are refused before anything is launched") {

@@ -12,6 +12,7 @@
 #include "backend/cuda/cuda_error.hpp"
 #include "base/check.hpp"
 #include "base/units.hpp"
+#include "cuda/elementwise.hpp"
 
 namespace sluice::backend::cuda {
 
@@ -19,6 +20,19 @@ namespace {
 
 // PCIe 5 x16, pinned: 53-55 GB/s from here on; 1 MiB 48.6, 256 KiB 35.9.
 constexpr uint64_t kPreferredCopyBytes = 4 * kMiB;
+
+// What the kernels of an operation write (cuda/elementwise.hpp, cuda/attention.hpp).
+Marks marks_of(OpKind kind) {
+  switch (kind) {
+    case OpKind::rms_norm:
+    case OpKind::attention:
+    case OpKind::swiglu: return {.begin = true, .end = true};
+    case OpKind::head_norm_rope:
+    case OpKind::select_rows: return {.begin = true};
+    case OpKind::matmul: return {};
+  }
+  return {};
+}
 
 }  // namespace
 
@@ -54,7 +68,7 @@ CudaBackend::~CudaBackend() {
   for (const std::span<std::byte> memory : registered_) cudaHostUnregister(memory.data());
   for (const Buffer& buffer : buffers_) cudaFree(buffer.data);
   for (void* memory : {static_cast<void*>(pinned_.embeddings), static_cast<void*>(pinned_.table),
-                       static_cast<void*>(pinned_.logits)}) {
+                       static_cast<void*>(pinned_.logits), static_cast<void*>(pinned_.stamps)}) {
     if (memory != nullptr) cudaFreeHost(memory);
   }
   for (const cudaStream_t stream : {copy_, compute_, capture_}) {
@@ -139,6 +153,7 @@ Status CudaBackend::prepare(const Shape& shape) {
   shape_ = shape;
   shape_.inverse_frequencies = {};
   SLUICE_TRY(allocate_pinned());
+  clock_.reserve(scratch_.stamp_count);
 
   const auto blocks_per_session = static_cast<uint32_t>(shape.context / kKvBlockTokens);
   std::vector<uint32_t> table(size_t{blocks_per_session} * shape.sessions);
@@ -172,6 +187,7 @@ Status CudaBackend::allocate_pinned() {
   };
   SLUICE_TRY(take(pinned_.embeddings, uint64_t{shape_.max_rows} * shape_.hidden, "embeddings"));
   SLUICE_TRY(take(pinned_.table, 3 * uint64_t{shape_.max_rows}, "the rows of a pass"));
+  SLUICE_TRY(take(pinned_.stamps, scratch_.stamp_count, "times"));
   return take(pinned_.logits, uint64_t{shape_.max_logit_rows} * shape_.vocab, "logits");
 }
 
@@ -255,15 +271,29 @@ void CudaBackend::record_copy(EventId event) {
 void CudaBackend::record_compute(EventId event) {
   if (dead_ || !submit()) return;
   check_or_die(cudaEventRecord(events_[event], compute_), "recording an event");
+  stamp_end();
+}
+
+// The end of the last command, where no kernel of its own writes it.
+void CudaBackend::stamp_end() {
+  if (!in_pass_ || clock_.last().end) return;
+  check_or_die(sluice::cuda::launch_stamp(stamp(clock_.size() - 1), true, compute_), "taking the time");
+  clock_.last().end = true;
 }
 
 // Submitted also where the copy is there already: segments must not depend on the time of day.
 void CudaBackend::compute_waits(EventId event) {
   if (dead_ || !submit()) return;
+  stamp_end();
   const cudaError_t state = cudaEventQuery(events_[event]);
-  if (state == cudaSuccess) return;
-  if (state != cudaErrorNotReady) return check_or_die(state, "asking for an event");
-  check_or_die(cudaStreamWaitEvent(compute_, events_[event], 0), "waiting for a copy");
+  if (state == cudaErrorNotReady) {
+    check_or_die(cudaStreamWaitEvent(compute_, events_[event], 0), "waiting for a copy");
+  } else {
+    check_or_die(state, "asking for an event");
+  }
+  if (!in_pass_ || clock_.size() >= scratch_.stamp_count) return;
+  check_or_die(sluice::cuda::launch_stamp(stamp(clock_.size()), false, compute_), "taking the time");
+  awaits_ = true;
 }
 
 // For calls that return nothing: what could not be submitted is missing in the pass, whose end must not come to nothing.
@@ -303,12 +333,13 @@ Status CudaBackend::begin_pass(std::span<const Row> rows, std::span<const float>
   uint32_t* sessions = pinned_.table;
   uint32_t* positions = sessions + shape_.max_rows;
   uint32_t* selected = positions + shape_.max_rows;
-  uint32_t wanted = 0, session_runs = 1;
+  uint32_t wanted = 0, session_runs = 1, positions_in_use = 0;
   for (uint32_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
     SLUICE_CHECK(row.session < shape_.sessions && row.position < shape_.context);
     sessions[i] = row.session;
     positions[i] = row.position;
+    positions_in_use = std::max(positions_in_use, row.position + 1);
     if (row.wants_logits) selected[wanted++] = i;
     if (i > 0 && row.session != rows[i - 1].session) ++session_runs;
   }
@@ -316,8 +347,21 @@ Status CudaBackend::begin_pass(std::span<const Row> rows, std::span<const float>
   active_rows_ = static_cast<uint32_t>(rows.size());
   kind_ = {.rows = active_rows_, .wanted_rows = wanted,
            .prefill_attention = sluice::cuda::attention_wants_prefill(active_rows_, session_runs)};
+  kind_.attention_bound = kind_.prefill_attention
+                              ? shape_.context
+                              : sluice::cuda::attention_bound(shape_.heads, shape_.kv_heads, positions_in_use, shape_.context);
   graphs_->begin(kind_);
-  return graphs_->add({.kind = CommandKind::begin_pass, .rows = active_rows_, .op = {}});
+  clock_.clear();
+  in_pass_ = true;
+  awaits_ = false;
+  return add({.kind = CommandKind::begin_pass, .rows = active_rows_, .op = {}}, {.begin = true});
+}
+
+Status CudaBackend::add(Command command, Marks marks) {
+  SLUICE_CHECK(clock_.size() < scratch_.stamp_count);
+  command.index = static_cast<uint32_t>(clock_.size());
+  clock_.add(marks);
+  return graphs_->add(command);
 }
 
 Status CudaBackend::run(const Op& op) {
@@ -325,19 +369,23 @@ Status CudaBackend::run(const Op& op) {
   SLUICE_TRY(alive());
   if (op.kind == OpKind::select_rows) active_rows_ = kind_.wanted_rows;
   if (active_rows_ == 0) return {};
-  return graphs_->add({.kind = CommandKind::operation, .rows = active_rows_, .op = op});
+  Marks marks = marks_of(op.kind);
+  if (std::exchange(awaits_, false)) marks.begin = marks.awaited = true;
+  return add({.kind = CommandKind::operation, .rows = active_rows_, .op = op}, marks);
 }
 
 Status CudaBackend::finish_pass(std::span<float> logits) {
   SLUICE_CHECK(logits.empty() || logits.size() == size_t{kind_.wanted_rows} * shape_.vocab);
   SLUICE_TRY(alive());
-  if (!logits.empty()) {
-    SLUICE_TRY(graphs_->add({.kind = CommandKind::copy_logits, .rows = kind_.wanted_rows, .op = {}}));
-  }
+  SLUICE_TRY(add({.kind = CommandKind::finish_pass, .rows = logits.empty() ? 0 : kind_.wanted_rows, .op = {}},
+                 {.begin = true}));
   SLUICE_TRY(graphs_->flush());
+  // Of this queue alone: copies for the next pass go on.
   SLUICE_TRY(check(cudaStreamSynchronize(compute_), "computing a pass"));
   if (!logits.empty()) std::memcpy(logits.data(), pinned_.logits, logits.size_bytes());
+  clock_.read({pinned_.stamps, clock_.size()});
   active_rows_ = 0;
+  in_pass_ = false;
   return alive();
 }
 

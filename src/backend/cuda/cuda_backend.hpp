@@ -19,6 +19,7 @@
 
 #include "backend/backend.hpp"
 #include "backend/cuda/device.hpp"
+#include "backend/cuda/pass_clock.hpp"
 #include "backend/cuda/pass_graphs.hpp"
 #include "backend/cuda/scratch.hpp"
 #include "cuda/attention.hpp"
@@ -57,6 +58,7 @@ class CudaBackend final : public Backend {
   Status begin_pass(std::span<const Row> rows, std::span<const float> embeddings) override;
   Status run(const Op& op) override;
   Status finish_pass(std::span<float> logits) override;
+  std::span<const OpTime> op_times() const override { return clock_.times(); }
 
   uint64_t kv_bytes(uint32_t tokens) const override;
   Status copy_kv(uint32_t from_session, uint32_t to_session, uint32_t tokens) override;
@@ -73,6 +75,7 @@ class CudaBackend final : public Backend {
     float* embeddings = nullptr;        // [max_rows][hidden]
     uint32_t* table = nullptr;          // [3][max_rows]: sessions, positions, selected
     float* logits = nullptr;            // [max_logit_rows][vocab]
+    sluice::cuda::Stamp* stamps = nullptr;   // [scratch_.stamp_count]
   };
 
   CudaBackend(const CudaOptions& options, Device device);
@@ -81,6 +84,7 @@ class CudaBackend final : public Backend {
   Status check(cudaError_t code, const std::string& what);
   void check_or_die(cudaError_t code, const char* what);
   void die(Error error);
+  void stamp_end();
   bool submit();                        // what was added to the pass; false: it failed, and the backend is dead
   Status alive() const;
   Error out_of_memory(uint64_t bytes, const std::string& what) const;
@@ -90,6 +94,8 @@ class CudaBackend final : public Backend {
   template <class T>
   T* scratch(uint64_t offset) const { return reinterpret_cast<T*>(scratch_memory_ + offset); }
   float* slot(Slot slot) const { return scratch<float>(scratch_.slots[static_cast<size_t>(slot)]); }
+  sluice::cuda::Stamp* stamp(size_t index) const { return scratch<sluice::cuda::Stamp>(scratch_.stamps) + index; }
+  Status add(Command command, Marks marks);
   uint32_t width(Slot slot) const { return scratch_.widths[static_cast<size_t>(slot)]; }
   Status allocate_pinned();
   uint64_t kv_block_bytes() const { return kv_.block_elems() * sizeof(uint16_t); }
@@ -98,6 +104,8 @@ class CudaBackend final : public Backend {
   // cuda_ops.cpp: what a command launches.
   struct Target {
     uint32_t rows = 0;
+    uint32_t index = 0;                 // of the command in the pass
+    sluice::cuda::Stamp* stamp = nullptr;
     bool programmatic = false;          // may start before the kernel in front ended
     cudaStream_t stream = nullptr;
   };
@@ -109,6 +117,7 @@ class CudaBackend final : public Backend {
   cudaError_t attention(const Op& op, const Target& target) const;
   cudaError_t swiglu(const Target& target) const;
   cudaError_t select_rows(const Target& target) const;
+  cudaError_t finish(const Target& target) const;
 
   Device device_;
   LogHook log_;
@@ -134,6 +143,9 @@ class CudaBackend final : public Backend {
   // The pass in progress.
   PassKind kind_;
   uint32_t active_rows_ = 0;            // rows that operations run on: all, then those that want logits
+  bool in_pass_ = false;
+  bool awaits_ = false;                 // the next operation's weights are waited for
+  PassClock clock_;
 };
 
 }  // namespace sluice::backend::cuda

@@ -36,12 +36,10 @@ const float* CudaBackend::vector(const Op& op, int index, uint32_t width) const 
 }
 
 Status CudaBackend::launch(const Command& command, bool overlap, cudaStream_t stream) {
-  const Target target{.rows = command.rows, .programmatic = overlap && device_.programmatic_launch, .stream = stream};
+  const Target target{.rows = command.rows, .index = command.index, .stamp = stamp(command.index),
+                      .programmatic = overlap && device_.programmatic_launch, .stream = stream};
   if (command.kind == CommandKind::begin_pass) return check(begin(target), "launching the start of a pass");
-  if (command.kind == CommandKind::copy_logits) {
-    return check(cudaMemcpyAsync(pinned_.logits, slot(Slot::logits), size_t{command.rows} * shape_.vocab * sizeof(float),
-                                 cudaMemcpyDeviceToHost, stream), "copying logits");
-  }
+  if (command.kind == CommandKind::finish_pass) return check(finish(target), "launching the end of a pass");
   const Op& op = command.op;
   cudaError_t code = cudaErrorNotSupported;
   switch (op.kind) {
@@ -70,6 +68,7 @@ cudaError_t CudaBackend::begin(const Target& target) const {
                                       .positions = scratch<uint32_t>(scratch_.positions),
                                       .selected = scratch<uint32_t>(scratch_.selected)},
                             .angles = scratch<float2>(scratch_.angles),
+                            .stamp = target.stamp,
                             .programmatic = target.programmatic}, target.stream);
 }
 
@@ -82,6 +81,7 @@ cudaError_t CudaBackend::rms_norm(const Op& op, const Target& target) const {
                           .width = shape_.hidden,
                           .out = scratch<__half>(scratch_.slots[static_cast<size_t>(Slot::normed)]),
                           .row_scale = scratch<float>(scratch_.normed_scale),
+                          .stamp = target.stamp,
                           .programmatic = target.programmatic}, target.stream);
 }
 
@@ -148,10 +148,11 @@ cudaError_t CudaBackend::head_norm_rope(const Op& op, const Target& target) cons
                                       .heads = shape_.heads,
                                       .cache = kv_,
                                       .layer = op.layer,
+                                      .stamp = target.stamp,
                                       .programmatic = target.programmatic}, target.stream);
 }
 
-// The bound is the context: a graph stays valid however long the sequences grow.
+// Captured with the bound of the pass's kind: positions grow past it into the next kind.
 cudaError_t CudaBackend::attention(const Op& op, const Target& target) const {
   const sluice::cuda::Attention args{.q = slot(Slot::q),
                                      .q_stride = width(Slot::q),
@@ -161,11 +162,12 @@ cudaError_t CudaBackend::attention(const Op& op, const Target& target) const {
                                      .positions = scratch<uint32_t>(scratch_.positions),
                                      .row_count = target.rows,
                                      .heads = shape_.heads,
-                                     .position_bound = shape_.context,
+                                     .position_bound = kind_.attention_bound,
                                      .cache = kv_,
                                      .layer = op.layer,
                                      .workspace = scratch<void>(scratch_.attention_workspace),
                                      .workspace_bytes = scratch_.attention_workspace_bytes,
+                                     .stamp = target.stamp,
                                      .programmatic = target.programmatic};
   if (kind_.prefill_attention) return sluice::cuda::launch_attention_prefill(args, target.stream);
   return sluice::cuda::launch_attention_decode(args, target.stream);
@@ -179,6 +181,7 @@ cudaError_t CudaBackend::swiglu(const Target& target) const {
                         .out = scratch<__half>(scratch_.gate_x),
                         .row_scale = scratch<float>(scratch_.gate_scale),
                         .sync = scratch<uint2>(scratch_.swiglu_sync),
+                        .stamp = target.stamp,
                         .programmatic = target.programmatic}, target.stream);
 }
 
@@ -187,6 +190,17 @@ cudaError_t CudaBackend::select_rows(const Target& target) const {
                              .selected = scratch<uint32_t>(scratch_.selected),
                              .selected_rows = target.rows,
                              .width = shape_.hidden,
+                             .stamp = target.stamp,
+                             .programmatic = target.programmatic}, target.stream);
+}
+
+cudaError_t CudaBackend::finish(const Target& target) const {
+  return sluice::cuda::launch_finish_pass({.logits = slot(Slot::logits),
+                             .host_logits = pinned_.logits,
+                             .logit_count = uint64_t{target.rows} * shape_.vocab,
+                             .stamps = stamp(0),
+                             .host_stamps = pinned_.stamps,
+                             .stamp_count = target.index + 1,
                              .programmatic = target.programmatic}, target.stream);
 }
 

@@ -10,7 +10,7 @@ namespace {
 // About eight layers: a replay of that many kernels takes the GPU longer than the host needs to submit the next one.
 constexpr size_t kSegmentCommands = 80;
 // Kinds of pass whose graphs are kept; a graph of 900 kernels takes about 1 MiB of host memory.
-constexpr size_t kMostKinds = 24;
+constexpr size_t kMostKinds = 32;
 // Passes of more rows are long enough for launches to hide behind their kernels.
 constexpr uint32_t kMostGraphRows = 64;
 
@@ -23,7 +23,7 @@ bool same(const Weight& a, const Weight& b) {
 }
 
 bool same(const Command& a, const Command& b) {
-  if (a.kind != b.kind || a.rows != b.rows) return false;
+  if (a.kind != b.kind || a.index != b.index || a.rows != b.rows) return false;
   if (a.kind != CommandKind::operation) return true;
   const Op& x = a.op;
   const Op& y = b.op;

@@ -28,14 +28,16 @@ struct PassKind {
   uint32_t rows = 0;
   uint32_t wanted_rows = 0;
   bool prefill_attention = false;
+  uint32_t attention_bound = 0;       // positions that the grid of decode attention is made for
   bool operator==(const PassKind&) const = default;
 };
 
-enum class CommandKind : uint8_t { begin_pass, operation, copy_logits };
+enum class CommandKind : uint8_t { begin_pass, operation, finish_pass };
 
 struct Command {
   CommandKind kind = CommandKind::operation;
-  uint32_t rows = 0;                  // that it works on
+  uint32_t index = 0;                 // in the pass: its stamp
+  uint32_t rows = 0;                  // that it works on; of finish_pass: that have logits
   Op op;                              // of an operation
 };
 

@@ -23,6 +23,8 @@ struct ScratchLayout {
   uint64_t angles = 0;                    // float2 [max_rows][rotary_dims / 2]
   uint64_t inverse_frequencies = 0;       // float [rotary_dims / 2]
   uint64_t block_table = 0;               // uint32 [sessions][context / 64]
+  uint64_t stamps = 0;                    // sluice::cuda::Stamp [stamp_count]
+  uint32_t stamp_count = 0;               // commands that a pass can have
   uint64_t swiglu_sync = 0;               // zero between launches, as are the two workspaces
   uint64_t attention_workspace = 0, attention_workspace_bytes = 0;
   uint64_t matmul_workspace = 0, matmul_workspace_bytes = 0;
