@@ -290,9 +290,7 @@ Status ContainerWriter::end_plane() {
   if (!state_->in_plane) return state_->misuse("end_plane outside a plane");
   const Tensor& tensor = state_->tensor();
   const Plane& plane = state_->plane();
-  const bool free_size = plane.kind == PlaneKind::perm || plane.kind == PlaneKind::residual ||
-                         plane.kind == PlaneKind::residual_scales;
-  if (!free_size && plane.bytes != expected_plane_bytes(tensor, plane.kind)) {
+  if (plane.bytes != expected_plane_bytes(tensor, plane.kind)) {
     return state_->misuse(fmt::format("plane {} of tensor '{}' got {} bytes, its shape needs {}", name_of(plane.kind),
                                       tensor.name, plane.bytes, expected_plane_bytes(tensor, plane.kind)));
   }

@@ -23,7 +23,7 @@ class ContainerWriter {
 
   // Starts a tensor; `tensor.planes` is ignored. The order of calls is the order in the file (execution order).
   Status begin_tensor(const Tensor& tensor);
-  // Starts the next plane of that tensor. Its size is expected_plane_bytes(tensor, kind), except `perm`, `residual*`.
+  // Starts the next plane of that tensor. Its size is expected_plane_bytes(tensor, kind).
   Status begin_plane(PlaneKind kind);
   // The next bytes of the plane, any amount.
   Status append(std::span<const std::byte> data);

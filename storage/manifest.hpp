@@ -27,6 +27,9 @@ enum class Architecture : uint8_t { llama = 0, mistral = 1, qwen2 = 2, qwen3 = 3
 //                   q * s + b                 with a `bias` plane
 enum class Scheme : uint8_t { f32 = 0, f16 = 1, bf16 = 2, int8 = 3, int4 = 4 };
 
+// With a `perm` plane (int4) column k of the values is column perm[k] of the model: act-order checkpoints, whose groups are
+// contiguous only after sorting. Activations are gathered through it.
+
 // How values lie in their plane.
 //   rows       plain row-major, rows x cols (embeddings, vectors, f32 matrices)
 //   tile16x16  f16 and bf16 matrices: tiles of 16 rows x 16 columns, 512 B

@@ -321,8 +321,6 @@ class Checker {
     if (has(PlaneKind::residual) != has(PlaneKind::residual_scales)) {
       return bad("{}: residual and residual_scales come together", what);
     }
-    // Ignoring a permutation would compute nonsense in silence; a reader that applies it will lift this.
-    if (has(PlaneKind::perm)) return beyond("{}: act-order column permutations are not read yet", what);
     return {};
   }
 

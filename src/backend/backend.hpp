@@ -39,8 +39,10 @@ struct Weight {
   DeviceAddress scales;               // valid if group_elems != 0
   DeviceAddress zeros;                // valid if has_zeros
   DeviceAddress bias;                 // valid if has_bias
+  DeviceAddress perm;                 // valid if has_perm: u32 [cols], column k of the values multiplies input perm[k]
   bool has_zeros = false;
   bool has_bias = false;
+  bool has_perm = false;              // only where the backend gathers_inputs()
 };
 
 // The activations of a pass, all [rows of the pass][width] row-major FP32 as far as the executor is concerned (a GPU may
@@ -125,6 +127,8 @@ class Backend {
   virtual std::string device_name() const = 0;     // "2 threads, AVX3_ZEN4", "NVIDIA H200"
   // True if operations may read weights where import_host put them (the CPU): --io=mmap then needs no copies.
   virtual bool computes_in_host_memory() const = 0;
+  // Whether matmul takes weights with a column permutation. A model that has one is refused elsewhere.
+  virtual bool gathers_inputs() const { return false; }
   virtual uint64_t preferred_copy_bytes() const = 0;   // copies below this size waste the bus
 
   virtual DeviceMemory device_memory() const { return {}; }

@@ -31,6 +31,18 @@ class Laps {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
+// Computing without the permutation would give wrong tokens in silence.
+Status check_permutations(const storage::Container& container, const backend::Backend& backend) {
+  if (backend.gathers_inputs()) return {};
+  for (const storage::Tensor& tensor : container.manifest().tensors) {
+    if (tensor.plane(storage::PlaneKind::perm) == nullptr) continue;
+    return fail(ErrorCode::unsupported,
+                fmt::format("{}: tensor {} has its columns in act-order, which the {} backend does not compute; run it with "
+                            "--backend cpu", container.path(), tensor.name, backend.name()));
+  }
+  return {};
+}
+
 // Integer arithmetic, which the compiler turns into vectors: 128,256 logits take 10 us.
 bool all_finite(std::span<const float> values) {
   constexpr uint32_t kExponent = 0x7f800000u;
@@ -70,6 +82,7 @@ Result<std::unique_ptr<Engine>> Engine::open(storage::Container container, plan:
                                              std::unique_ptr<backend::Backend> backend, const backend::Shape& shape,
                                              const Weights::Options& options) {
   std::unique_ptr<Engine> self(new Engine(std::move(container), std::move(plan), std::move(backend), shape));
+  SLUICE_TRY(check_permutations(self->container_, *self->backend_));
   SLUICE_TRY(self->backend_->prepare(self->shape_));
   const bool in_place = options.io == storage::IoMode::mmap;
   SLUICE_TRY_ASSIGN(embedding, Embedding::open(self->container_, self->shape_.max_rows,

@@ -144,6 +144,7 @@ class Builder {
         case PlaneKind::scales: weight.scales = address; break;
         case PlaneKind::zeros: weight.zeros = address; weight.has_zeros = true; break;
         case PlaneKind::bias: weight.bias = address; weight.has_bias = true; break;
+        case PlaneKind::perm: weight.perm = address; weight.has_perm = true; break;
         default: break;  // residual planes are not read
       }
     }

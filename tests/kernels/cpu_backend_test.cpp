@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdio>
 #include <limits>
+#include <numeric>
 #include <thread>
 
 #include "backend/backend.hpp"
@@ -99,6 +100,7 @@ struct Machine {
     if (!w.planes.scales.empty()) out.scales = upload(w.planes.scales);
     if ((out.has_zeros = !w.planes.zeros.empty())) out.zeros = upload(w.planes.zeros);
     if ((out.has_bias = !w.planes.bias.empty())) out.bias = upload(w.planes.bias);
+    if ((out.has_perm = !w.perm.empty())) out.perm = upload(w.perm.data(), w.perm.size() * sizeof(uint32_t));
     return out;
   }
 
@@ -237,6 +239,27 @@ std::vector<Vec> reference(const TestModel& model, const std::vector<float>& emb
   return logits;
 }
 
+// Every int4 matrix in act-order; of one input, the first two share theirs where `shared`.
+void put_in_act_order(TestModel& model, bool shared, std::mt19937& random) {
+  const auto permute = [&](TestWeight& weight) {
+    std::vector<uint32_t> perm(weight.tensor.cols);
+    std::iota(perm.begin(), perm.end(), 0u);
+    std::shuffle(perm.begin(), perm.end(), random);
+    permute_columns(weight, std::move(perm));
+  };
+  for (TestModel::Layer& layer : model.layers) {
+    for (TestWeight& weight : layer.weights) permute(weight);
+    if (!shared) continue;
+    for (const size_t first : {0u, 4u}) {
+      TestWeight& second = layer.weights[first + 1];
+      second.values = quant::dequantize(second.tensor, second.planes.values, second.planes.scales, second.planes.zeros,
+                                        second.planes.bias);
+      permute_columns(second, layer.weights[first].perm);
+    }
+  }
+  permute(model.head);
+}
+
 const std::vector<Kind> kMixed = {Kind::int4_bias, Kind::f16, Kind::int8, Kind::int4, Kind::bf16, Kind::f32,
                                   Kind::int4_zeros, Kind::int4_bias, Kind::int4_bias};
 
@@ -282,6 +305,42 @@ TEST_CASE("a decoder of mixed schemes agrees with double") {
     // of the matmuls that meet int weights (the project's own bound for a whole model is 4e-2).
     CHECK(error < (activations == CpuActivations::f32 ? 2e-3 : 4e-2));
   }
+}
+
+TEST_CASE("matrices in act-order agree with double, whether neighbours share their order or not") {
+  const uint32_t seed = std::random_device{}();
+  std::printf("seed %u\n", seed);
+  for (const bool shared : {false, true}) {
+    std::mt19937 random(seed);
+    TestModel model({Kind::int4_zeros, Kind::int4, Kind::int4, Kind::int4_bias, Kind::int4}, random);
+    put_in_act_order(model, shared, random);
+    const std::vector<float> embeddings = random_floats(size_t{kMaxRows} * kHidden, 1.0f, random);
+    const std::vector<Vec> want = reference(model, embeddings);
+    for (const CpuActivations activations : {CpuActivations::f32, CpuActivations::int8}) {
+      INFO("seed " << seed << (shared ? ", shared" : ", each its own"));
+      Machine machine(model, 2, activations);
+      const std::vector<float> got = machine.pass(rows_of(0, 0, kMaxRows, true), embeddings);
+      CHECK(relative_error(got, want) < (activations == CpuActivations::f32 ? 2e-3 : 4e-2));  // as above
+      // Alone, a row takes the same way through another cut.
+      const std::vector<float> first = machine.pass(rows_of(1, 0, 1, true), part(embeddings, 0, 1));
+      CHECK(same(first, {got.begin(), got.begin() + kVocab}));
+    }
+  }
+}
+
+TEST_CASE("a column permutation that leads out of its matrix is corrupt, not a read beyond it") {
+  std::mt19937 random(3);
+  TestModel model({Kind::int4}, random);
+  put_in_act_order(model, false, random);
+  model.head.perm[5] = kHidden;
+  Machine machine(model, 1, CpuActivations::f32);
+  const std::vector<float> embeddings = random_floats(kHidden, 1.0f, random);
+  const std::vector<Row> rows = rows_of(0, 0, 1, true);
+  REQUIRE(machine.backend->begin_pass(rows, embeddings));
+  const Status status = machine.backend->run(machine.ops.back());
+  REQUIRE_FALSE(status);
+  CHECK(status.error().code == ErrorCode::corrupt);
+  CHECK(status.error().message.find("leads out of it") != std::string::npos);
 }
 
 TEST_CASE("a row has the same bits in every pass size, with every number of threads and beside other sessions") {

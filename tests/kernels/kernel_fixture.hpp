@@ -54,6 +54,7 @@ struct TestWeight {
   quant::Planes planes;
   std::vector<float> values;     // row-major
   std::vector<float> magnitude;  // |w|, or |q s| + |b| where the kernel adds the two apart
+  std::vector<uint32_t> perm;    // not empty: column k of the planes is column perm[k] of `values`
   backend::cpu::Matrix matrix() const {
     const auto bytes = [](const std::vector<std::byte>& plane) {
       return plane.empty() ? nullptr : reinterpret_cast<const uint8_t*>(plane.data());
@@ -94,7 +95,7 @@ inline void make_codes(const WeightShape& shape, TestWeight& out, std::mt19937& 
   out.planes = quant::lay_out_codes(out.tensor, {.values = codes, .scales = scales, .bias = bias});
   if (shape.kind == Kind::int4_zeros) {
     out.planes.zeros.resize(out.planes.scales.size() / 2);
-    for (std::byte& zero : out.planes.zeros) zero = static_cast<std::byte>(random() & 0x0f);
+    for (std::byte& zero : out.planes.zeros) zero = static_cast<std::byte>(random() % 17);  // GPTQ: 1 to 16
   }
   for (uint32_t n = 0; shape.kind == Kind::int4_bias && n < shape.rows; ++n) {
     for (uint32_t k = 0; k < shape.cols; ++k) {
@@ -140,6 +141,14 @@ inline TestWeight make_weight(const WeightShape& shape, std::mt19937& random) {
     for (float& x : out.magnitude) x *= std::ldexp(1.0f, out.tensor.scale_exponent);
   }
   return out;
+}
+
+// The same planes with columns that belong to others.
+inline void permute_columns(TestWeight& weight, std::vector<uint32_t> perm) {
+  const size_t cols = weight.tensor.cols;
+  const std::vector<float> before = weight.values;
+  for (size_t at = 0; at < before.size(); ++at) weight.values[at / cols * cols + perm[at % cols]] = before[at];
+  weight.perm = std::move(perm);
 }
 
 }  // namespace sluice::testing

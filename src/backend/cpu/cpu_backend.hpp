@@ -40,6 +40,7 @@ class CpuBackend final : public Backend {
   const char* name() const override { return "cpu"; }
   std::string device_name() const override;
   bool computes_in_host_memory() const override { return true; }
+  bool gathers_inputs() const override { return true; }
   uint64_t preferred_copy_bytes() const override;
 
   MemoryNeed memory_need(const Shape& shape) const override;
@@ -95,8 +96,9 @@ class CpuBackend final : public Backend {
   void select_rows();
 
   Result<Matrix> matrix(const Weight& weight) const;
-  Form form_of(const Weight& weight) const;
-  void prepare_form(Form form, const float* in, uint32_t cols, uint32_t rows);
+  Form form_of(const Matrix& matrix) const;
+  bool share_form(const Matrix& a, const Matrix& b) const;
+  void prepare_form(Form form, const float* in, const uint32_t* perm, uint32_t cols, uint32_t rows);
   void multiply_chunk(const Op& op, uint32_t first_weight, uint32_t last_weight, Form form, const Matrix* matrices,
                       uint32_t first_row, uint32_t rows);
   void multiply_tiles(const Matrix& matrix, Form form, const float* in, uint32_t rows, uint32_t first_tile,

@@ -20,6 +20,8 @@ namespace {
 // Parts per thread that a loop over row tiles is cut into: enough that a thread which lost its core for a while does not
 // hold the others up for long, few enough that a part is worth taking.
 constexpr uint32_t kPartsPerThread = 4;
+// Columns gathered at a time through a permutation: 4 KiB, which stay in L1. A multiple of 64.
+constexpr uint32_t kGatherColumns = 1024;
 
 }  // namespace
 
@@ -139,11 +141,19 @@ Result<Matrix> CpuBackend::matrix(const Weight& weight) const {
   m.scales = reinterpret_cast<const uint16_t*>(at(weight.scales, parameters * 2));
   if (weight.has_zeros) m.zeros = reinterpret_cast<const uint8_t*>(at(weight.zeros, parameters));
   if (weight.has_bias) m.bias = reinterpret_cast<const uint16_t*>(at(weight.bias, parameters * 2));
+  if (weight.has_perm) {
+    m.perm = reinterpret_cast<const uint32_t*>(at(weight.perm, uint64_t{weight.cols} * sizeof(uint32_t)));
+    // The checksum says that the file is as it was written, not that it is sane.
+    if (*std::max_element(m.perm, m.perm + m.cols) >= m.cols) {
+      return fail(ErrorCode::corrupt, fmt::format("the column permutation of a matrix of {}x{} leads out of it; import the "
+                                                  "model again", m.rows, m.cols));
+    }
+  }
   return m;
 }
 
-CpuBackend::Form CpuBackend::form_of(const Weight& weight) const {
-  switch (weight.scheme) {
+CpuBackend::Form CpuBackend::form_of(const Matrix& matrix) const {
+  switch (matrix.scheme) {
     case Scheme::int4:
     case Scheme::int8: return activations_ == CpuActivations::int8 ? Form::quantized : Form::spread64;
     case Scheme::f16:
@@ -153,9 +163,36 @@ CpuBackend::Form CpuBackend::form_of(const Weight& weight) const {
   return Form::plain;
 }
 
-void CpuBackend::prepare_form(Form form, const float* in, uint32_t cols, uint32_t rows) {
+// Q, K and V of a layer saw the same inputs when they were quantized, so their permutations are usually equal; comparing
+// 4 K bytes costs less than making a form anew.
+bool CpuBackend::share_form(const Matrix& a, const Matrix& b) const {
+  if (form_of(a) != form_of(b) || (a.perm == nullptr) != (b.perm == nullptr)) return false;
+  return a.perm == nullptr || std::equal(a.perm, a.perm + a.cols, b.perm);
+}
+
+void CpuBackend::prepare_form(Form form, const float* in, const uint32_t* perm, uint32_t cols, uint32_t rows) {
   if (form == Form::plain) return;
   std::byte* to = scratch_memory_.data() + scratch_.form;
+  if (perm != nullptr) {
+    // int4 alone has a permutation, so the form has blocks of 64 columns: each is made of gathered columns.
+    SLUICE_CHECK(form == Form::quantized || form == Form::spread64);
+    pool_->parallel_for(rows, 1, [&](uint32_t first, uint32_t last, uint32_t) {
+      float gathered[kGatherColumns];
+      for (uint32_t r = first; r < last; ++r) {
+        for (uint32_t begin = 0; begin < cols; begin += kGatherColumns) {
+          const uint32_t count = std::min(kGatherColumns, cols - begin);
+          for (uint32_t k = 0; k < count; ++k) gathered[k] = in[size_t{r} * cols + perm[begin + k]];
+          const size_t block = size_t{begin / 64} * rows;
+          if (form == Form::quantized) {
+            quantize_rows(gathered, 0, count, rows, r, r + 1, reinterpret_cast<QuantizedBlock*>(to) + block);
+          } else {
+            spread64_rows(gathered, 0, count, rows, r, r + 1, reinterpret_cast<float*>(to) + block * 128);
+          }
+        }
+      }
+    });
+    return;
+  }
   pool_->parallel_for(rows, 4, [&](uint32_t first, uint32_t last, uint32_t) {
     switch (form) {
       case Form::quantized:
@@ -190,7 +227,7 @@ void CpuBackend::multiply_chunk(const Op& op, uint32_t first_weight, uint32_t la
                                 const Matrix* matrices, uint32_t first_row, uint32_t rows) {
   const uint32_t cols = matrices[first_weight].cols;
   const float* in = slot(op.in) + size_t{first_row} * cols;
-  prepare_form(form, in, cols, rows);
+  prepare_form(form, in, matrices[first_weight].perm, cols, rows);
   uint32_t tiles = 0;
   for (uint32_t i = first_weight; i < last_weight; ++i) {
     tiles += static_cast<uint32_t>(ceil_div(matrices[i].rows, kTileRows));
@@ -225,8 +262,8 @@ Status CpuBackend::matmul(const Op& op) {
   }
   // Weights of one form next to each other share it; a mixed operation takes one run after the other.
   for (uint32_t first = 0, last = 0; first < op.weight_count; first = last) {
-    const Form form = form_of(op.weights[first]);
-    for (last = first + 1; last < op.weight_count && form_of(op.weights[last]) == form;) ++last;
+    const Form form = form_of(matrices[first]);
+    for (last = first + 1; last < op.weight_count && share_form(matrices[first], matrices[last]);) ++last;
     const uint32_t chunk = form == Form::quantized ? kChunkRows : kFloatChunkRows;
     for (uint32_t row = 0; row < active_rows_; row += chunk) {
       multiply_chunk(op, first, last, form, matrices, row, std::min(chunk, active_rows_ - row));

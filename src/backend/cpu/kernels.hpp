@@ -23,7 +23,8 @@ inline constexpr uint32_t kChunkRows = 128;
 inline constexpr uint32_t kFloatChunkRows = 32;
 inline constexpr uint32_t kMaxHeadDim = 256;
 
-// One weight matrix in memory. `scales`, `bias`: FP16 [row tiles][groups][16]; `zeros`: u8, the same shape.
+// One weight matrix in memory. `scales`, `bias`: FP16 [row tiles][groups][16]; `zeros`: u8, the same shape. `perm` is for
+// whoever prepares the activations; kernels do not look at it.
 struct Matrix {
   storage::Scheme scheme = storage::Scheme::f32;
   uint32_t rows = 0;                // outputs N
@@ -34,6 +35,7 @@ struct Matrix {
   const uint16_t* scales = nullptr;
   const uint8_t* zeros = nullptr;   // or null
   const uint16_t* bias = nullptr;   // or null
+  const uint32_t* perm = nullptr;   // [cols], every entry below cols; or null
 };
 
 // Where results go: out[row * stride + n] (+)= result + vector[n].
