@@ -26,6 +26,10 @@ namespace sluice::test {
 inline const std::vector<std::string> kGoldenModels = {"llama3", "llama-tied", "mistral", "qwen2", "qwen3",
                                                        "qwen2-large-activations"};
 
+// Published as INT4 by others; the expected values are those of their dequantized weights.
+inline const std::vector<std::string> kGoldenInt4Models = {"llama3-gptq", "llama3-gptq-actorder", "llama3-awq",
+                                                           "llama3-compressed-tensors"};
+
 inline std::string golden_folder(const std::string& model) {
   const char* root = std::getenv("SLUICE_GOLDEN");
   REQUIRE(root != nullptr);

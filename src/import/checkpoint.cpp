@@ -29,12 +29,15 @@ const char* name_of(SourceType type) {
     case SourceType::q4_k: return "Q4_K";
     case SourceType::q5_k: return "Q5_K";
     case SourceType::q6_k: return "Q6_K";
+    case SourceType::gptq: return "GPTQ INT4";
+    case SourceType::awq: return "AWQ INT4";
+    case SourceType::compressed: return "compressed-tensors INT4";
   }
   return "?";
 }
 
 uint32_t block_elems(SourceType type) {
-  if (is_plain(type)) return 1;
+  if (is_plain(type) || type >= SourceType::gptq) return 1;
   return type >= SourceType::q2_k ? kSuperBlockElems : kBlockElems;
 }
 
@@ -53,12 +56,15 @@ uint32_t block_bytes(SourceType type) {
     case SourceType::q4_k: return 144;
     case SourceType::q5_k: return 176;
     case SourceType::q6_k: return 210;
+    case SourceType::gptq:
+    case SourceType::awq:
+    case SourceType::compressed: return 0;  // in parts
   }
   return 0;
 }
 
 SourceType most_common_type(const std::vector<SourceTensor>& tensors) {
-  std::array<uint64_t, static_cast<size_t>(SourceType::q6_k) + 1> weights = {};
+  std::array<uint64_t, static_cast<size_t>(SourceType::compressed) + 1> weights = {};
   for (const SourceTensor& tensor : tensors) {
     weights[static_cast<size_t>(tensor.type)] += uint64_t{tensor.rows} * tensor.cols;
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,8 +14,11 @@
 
 namespace sluice::import {
 
-// Element types of checkpoints. The block formats are ggml's (import/ggml_blocks.hpp).
-enum class SourceType : uint8_t { f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k };
+// Element types of checkpoints. The block formats are ggml's (import/ggml_blocks.hpp); the last three are matrices in
+// parts (PackedInt4).
+enum class SourceType : uint8_t {
+  f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, gptq, awq, compressed
+};
 
 const char* name_of(SourceType type);   // "F32", "Q4_1", ...
 uint32_t block_elems(SourceType type);  // weights per block; 1 for plain types
@@ -24,6 +28,23 @@ inline bool is_plain(SourceType type) { return type <= SourceType::bf16; }
 struct SourceFile {
   std::string path;
   UniqueFd fd;
+};
+
+// How INT4 codes are packed into words. The pictures are in import/packed_int4.hpp.
+enum class Packing : uint8_t { gptq_v1, gptq_v2, awq, compressed };
+
+struct FilePart {
+  uint32_t file = 0;            // index into Checkpoint::files
+  uint64_t offset = 0, bytes = 0;
+};
+
+// The parts of a matrix that was published as INT4. Their sizes fit the matrix.
+struct PackedInt4 {
+  Packing packing = Packing::gptq_v1;
+  uint32_t group_elems = 0;     // columns that share a scale; `cols` where a row has one
+  SourceType scale_type = SourceType::f16;
+  FilePart codes, scales;
+  std::optional<FilePart> zeros, group_index;
 };
 
 // One tensor of the model and its bytes in the checkpoint, row-major.
@@ -41,6 +62,7 @@ struct SourceTensor {
   // Not 0: rows (elements, of a vector) were permuted for interleaved RoPE in heads of this many. Row h*d + half*d/2 + i
   // of the model is row h*d + 2*i + half of the checkpoint.
   uint32_t permuted_head_dim = 0;
+  std::optional<PackedInt4> packed;   // then file and offset mean nothing
 
   uint64_t row_bytes() const { return uint64_t{cols} / block_elems(type) * block_bytes(type); }
 };

@@ -1,9 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// A tensor of 128256 x 8192 is 4 GB as floats, so nothing here holds a whole one. Rows go through in slabs of about a
-// million weights: read, decode, encode on worker threads, append in order on the caller's. That works because every
-// plane is row-tile major, so the planes of a slab are consecutive pieces of the tensor's planes. `values` streams to the
-// file; scales and the like, a thirtieth of it, wait in memory until the values are complete.
 #include "import/encode.hpp"
 
 #include <fmt/format.h>
@@ -11,14 +6,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <deque>
-#include <future>
 #include <numeric>
 #include <vector>
 
 #include "base/check.hpp"
 #include "base/half.hpp"
 #include "import/ggml_blocks.hpp"
+#include "import/slabs.hpp"
 #include "import/text.hpp"
 #include "quant/layout.hpp"
 #include "quant/rounding.hpp"
@@ -32,27 +26,7 @@ using storage::Role;
 using storage::Scheme;
 using storage::Tensor;
 
-constexpr uint64_t kSlabElements = 1u << 20;
 constexpr uint32_t kKeptGroup = 32;  // of ggml's blocks, and of what is requantized from its K formats
-
-// Runs work(0), work(1), ... on up to `threads` threads and take(result) here, in that order; no more than threads + 1
-// results exist at a time. The first error ends it.
-template <class Work, class Take>
-Status in_order(uint64_t count, uint32_t threads, const Work& work, const Take& take) {
-  using Outcome = decltype(work(uint64_t{0}));
-  std::deque<std::future<Outcome>> running;  // a future of std::async waits for its thread when it goes
-  uint64_t started = 0;
-  for (uint64_t taken = 0; taken < count; ++taken) {
-    while (started < count && running.size() <= threads) {
-      running.push_back(std::async(std::launch::async, work, started++));
-    }
-    Outcome outcome = running.front().get();
-    running.pop_front();
-    if (!outcome) return fail(std::move(outcome.error()));
-    SLUICE_TRY(take(*outcome));
-  }
-  return {};
-}
 
 Weights weights_for(const SourceTensor& source, const Options& options, bool tied) {
   const bool embedding = source.role == Role::token_embedding;
@@ -83,6 +57,9 @@ Target keep_target(SourceType type, bool embedding) {
     case SourceType::q5_1:
     case SourceType::q5_k:
     case SourceType::q6_k: return {Scheme::int8, kKeptGroup, Conversion::round, true};
+    case SourceType::gptq:
+    case SourceType::awq:
+    case SourceType::compressed: break;  // import/packed_int4.hpp
   }
   return {};
 }
@@ -215,28 +192,6 @@ Result<quant::Extent> measure_tensor(const Job& job, Scheme scheme, uint32_t thr
   return extent;
 }
 
-void append(std::vector<std::byte>& to, const std::vector<std::byte>& from) {
-  to.insert(to.end(), from.begin(), from.end());
-}
-
-Status write_planes(const Job& job, uint32_t threads, storage::ContainerWriter& writer) {
-  quant::Planes rest;  // all planes but `values`
-  SLUICE_TRY(writer.begin_tensor(job.tensor));
-  SLUICE_TRY(writer.begin_plane(PlaneKind::values));
-  const auto work = [&](uint64_t slab) { return encode_slab(job, slab); };
-  SLUICE_TRY(in_order(job.slabs(), threads, work, [&](const quant::Planes& planes) -> Status {
-    append(rest.scales, planes.scales);
-    append(rest.bias, planes.bias);
-    append(rest.row_sums, planes.row_sums);
-    return writer.append(planes.values);
-  }));
-  SLUICE_TRY(writer.end_plane());
-  if (!rest.scales.empty()) SLUICE_TRY(writer.write_plane(PlaneKind::scales, rest.scales));
-  if (!rest.bias.empty()) SLUICE_TRY(writer.write_plane(PlaneKind::bias, rest.bias));
-  if (!rest.row_sums.empty()) SLUICE_TRY(writer.write_plane(PlaneKind::row_sums, rest.row_sums));
-  return writer.end_tensor();
-}
-
 // Norms and biases: FP32, whatever they were.
 Status write_vector(const Job& job, storage::ContainerWriter& writer) {
   std::vector<std::byte> bytes(job.source.row_bytes());
@@ -280,8 +235,7 @@ Target choose_target(const SourceTensor& source, const Options& options, bool ti
 Status write_tensor(const SourceFile& file, const SourceTensor& source, const Target& target, uint32_t threads,
                     storage::ContainerWriter& writer) {
   SLUICE_CHECK(source.cols % block_elems(source.type) == 0);
-  const uint64_t by_size = align_down(std::max<uint64_t>(kSlabElements / source.cols, 1), storage::kTileRows);
-  Job job{file, source, target.conversion, {}, static_cast<uint32_t>(std::max<uint64_t>(by_size, storage::kTileRows))};
+  Job job{file, source, target.conversion, {}, slab_rows_of(source.cols)};
   // Slabs of whole heads: a permuted head would be read twice otherwise.
   if (source.permuted_head_dim != 0) {
     const uint32_t unit = std::lcm(source.permuted_head_dim, storage::kTileRows);
@@ -310,7 +264,7 @@ Status write_tensor(const SourceFile& file, const SourceTensor& source, const Ta
     SLUICE_TRY_ASSIGN(extent, measure_tensor(job, target.scheme, threads));
     job.tensor.scale_exponent = quant::choose_scale_exponent(job.tensor, extent);
   }
-  return write_planes(job, threads, writer);
+  return write_in_slabs(job.tensor, job.slabs(), threads, [&](uint64_t slab) { return encode_slab(job, slab); }, writer);
 }
 
 }  // namespace sluice::import

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // A folder as Hugging Face publishes it: config.json, safetensors in one file or in shards, tokenizer and defaults.
-#include <fcntl.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -16,7 +15,9 @@
 #include "import/ggml_blocks.hpp"
 #include "import/json_text.hpp"
 #include "import/rope.hpp"
-#include "import/safetensors.hpp"
+#include "import/quantized_checkpoint.hpp"
+#include "import/settings.hpp"
+#include "import/shards.hpp"
 #include "import/source_file.hpp"
 #include "import/text.hpp"
 #include "import/tokenizer_json.hpp"
@@ -30,69 +31,6 @@ using storage::Role;
 using storage::TokenizerSpec;
 
 constexpr uint64_t kMaxConfigBytes = 16 * kMiB;
-constexpr uint64_t kMaxIndexBytes = 64 * kMiB;
-
-std::string in_folder(const std::string& folder, std::string_view name) {
-  return (std::filesystem::path(folder) / name).string();
-}
-
-bool exists(const std::string& path) {
-  std::error_code ignored;
-  return std::filesystem::exists(path, ignored);
-}
-
-// One JSON object of settings. An absent or null key gives `otherwise`; one of another kind is `corrupt`.
-class Settings {
- public:
-  Settings(const Json& object, std::string path) : object_(object), path_(std::move(path)) {}
-
-  const std::string& path() const { return path_; }
-  const Json* find(const char* key) const { return json_member(object_, key); }
-
-  Result<uint32_t> size(const char* key, std::optional<uint32_t> otherwise = std::nullopt) const {
-    const Json* value = find(key);
-    if (value == nullptr && otherwise) return *otherwise;
-    if (value == nullptr) return fail(ErrorCode::corrupt, fmt::format("{}: \"{}\" is missing", path_, key));
-    if (!value->is_number_unsigned() || value->get<uint64_t>() > std::numeric_limits<uint32_t>::max()) {
-      return fail(ErrorCode::corrupt, fmt::format("{}: \"{}\" is {}, expected a whole number", path_, key, shown(*value)));
-    }
-    return value->get<uint32_t>();
-  }
-
-  Result<double> number(const char* key, std::optional<double> otherwise = std::nullopt) const {
-    const Json* value = find(key);
-    if (value == nullptr && otherwise) return *otherwise;
-    if (value == nullptr) return fail(ErrorCode::corrupt, fmt::format("{}: \"{}\" is missing", path_, key));
-    if (!value->is_number()) {
-      return fail(ErrorCode::corrupt, fmt::format("{}: \"{}\" is {}, expected a number", path_, key, shown(*value)));
-    }
-    return value->get<double>();
-  }
-
-  Result<bool> flag(const char* key, bool otherwise) const {
-    const Json* value = find(key);
-    if (value == nullptr) return otherwise;
-    if (!value->is_boolean()) {
-      return fail(ErrorCode::corrupt, fmt::format("{}: \"{}\" is {}, expected true or false", path_, key, shown(*value)));
-    }
-    return value->get<bool>();
-  }
-
-  Result<std::string> text(const char* key, std::string otherwise = "") const {
-    const Json* value = find(key);
-    if (value == nullptr) return otherwise;
-    if (!value->is_string()) {
-      return fail(ErrorCode::corrupt, fmt::format("{}: \"{}\" is {}, expected a string", path_, key, shown(*value)));
-    }
-    return value->get<std::string>();
-  }
-
- private:
-  static std::string shown(const Json& value) { return in_quotes(value.dump()); }
-
-  const Json& object_;
-  std::string path_;
-};
 
 Result<Architecture> read_architecture(const Settings& config) {
   SLUICE_TRY_ASSIGN(type, config.text("model_type"));
@@ -109,15 +47,6 @@ Result<Architecture> read_architecture(const Settings& config) {
 
 // What the graph of a supported model has no place for.
 Status refuse_variants(const Settings& config, Architecture architecture) {
-  for (const char* key : {"quantization_config", "compression_config"}) {
-    const Json* found = config.find(key);
-    if (found == nullptr) continue;
-    const Json* method = json_member(*found, "quant_method");
-    return fail(ErrorCode::unsupported,
-                fmt::format("{}: the checkpoint is quantized already ({}), which is not read yet; import the F16 or BF16 "
-                            "original, or a GGUF file", config.path(),
-                            method != nullptr && method->is_string() ? in_quotes(method->get<std::string>()) : key));
-  }
   SLUICE_TRY_ASSIGN(activation, config.text("hidden_act", "silu"));
   if (activation != "silu") {
     return fail(ErrorCode::unsupported, fmt::format("{}: hidden_act {}; supported is silu", config.path(),
@@ -227,79 +156,7 @@ Result<storage::Rope> read_rope(const Settings& config, const HyperParameters& h
   return make_rope(parameters, config.path());
 }
 
-// Where every tensor of the folder lies.
-struct Weights {
-  std::vector<SourceFile> files;
-  std::vector<SafetensorsIndex> indices;               // one per file
-  std::map<std::string, uint32_t, std::less<>> where;  // tensor name to file
-};
-
-Status add_file(const std::string& path, Weights& weights) {
-  SLUICE_TRY_ASSIGN(fd, open_file(path, O_RDONLY | O_NONBLOCK));
-  SLUICE_TRY_ASSIGN(index, read_safetensors_header(fd, path));
-  weights.files.push_back({path, std::move(fd)});
-  weights.indices.push_back(std::move(index));
-  return {};
-}
-
-// model.safetensors.index.json: {"weight_map": {tensor: file name}}.
-Result<Weights> open_shards(const std::string& folder, const std::string& index_path) {
-  SLUICE_TRY_ASSIGN(text, read_text_file(index_path, kMaxIndexBytes));
-  SLUICE_TRY_ASSIGN(root, parse_json_object(text, index_path));
-  const Json* map = json_member(root, "weight_map");
-  if (map == nullptr || !map->is_object() || map->empty()) {
-    return fail(ErrorCode::corrupt, fmt::format("{}: \"weight_map\" is missing or empty", index_path));
-  }
-  Weights weights;
-  std::map<std::string, uint32_t> shards;
-  for (const auto& [tensor, file] : map->items()) {
-    // A plain name: the index of a downloaded folder must not lead out of it.
-    if (!file.is_string() || file.get_ref<const std::string&>().find('/') != std::string::npos ||
-        !file.get_ref<const std::string&>().ends_with(".safetensors")) {
-      return fail(ErrorCode::corrupt, fmt::format("{}: tensor {} is said to be in {}, which is no name of a shard",
-                                                  index_path, in_quotes(tensor), in_quotes(file.dump())));
-    }
-    const auto& name = file.get_ref<const std::string&>();
-    const auto [shard, is_new] = shards.emplace(name, static_cast<uint32_t>(shards.size()));
-    if (is_new) {
-      const std::string path = in_folder(folder, name);
-      if (!exists(path)) {
-        return fail(ErrorCode::not_found, fmt::format("{}: shard {} is missing, {} names it for tensor {}; download it",
-                                                      path, in_quotes(name), index_path, in_quotes(tensor)));
-      }
-      SLUICE_TRY(add_file(path, weights));
-    }
-    if (!weights.indices[shard->second].contains(tensor)) {
-      return fail(ErrorCode::corrupt, fmt::format("{}: tensor {} is missing, {} says it is here; download the folder "
-                                                  "again", weights.files[shard->second].path, in_quotes(tensor), index_path));
-    }
-    weights.where.emplace(tensor, shard->second);
-  }
-  return weights;
-}
-
-Result<Weights> open_weights(const std::string& folder) {
-  const std::string single = in_folder(folder, "model.safetensors");
-  const std::string index = in_folder(folder, "model.safetensors.index.json");
-  if (!exists(single) && exists(index)) return open_shards(folder, index);
-  if (!exists(single)) {
-    return fail(ErrorCode::not_found, fmt::format("{}: neither model.safetensors nor model.safetensors.index.json is "
-                                                  "there; other formats of weights are not read", folder));
-  }
-  Weights weights;
-  SLUICE_TRY(add_file(single, weights));
-  for (const auto& entry : weights.indices[0]) weights.where.emplace(entry.first, 0);
-  return weights;
-}
-
-std::optional<SourceType> source_type_of_dtype(std::string_view dtype) {
-  if (dtype == "F32") return SourceType::f32;
-  if (dtype == "F16") return SourceType::f16;
-  if (dtype == "BF16") return SourceType::bf16;
-  return std::nullopt;
-}
-
-Result<SourceTensor> locate(const Weights& weights, const WantedTensor& wanted, bool tied, const std::string& folder) {
+Result<SourceTensor> locate(const Shards& weights, const WantedTensor& wanted, bool tied, const std::string& folder) {
   SourceTensor source;
   source.role = wanted.role;
   source.layer = wanted.layer;
@@ -336,7 +193,7 @@ Result<SourceTensor> locate(const Weights& weights, const WantedTensor& wanted, 
 }
 
 // An embedding may have more rows than config.json's vocabulary: padding for the hardware it was trained on.
-void take_padded_vocabulary(const Weights& weights, HyperParameters& hyper) {
+void take_padded_vocabulary(const Shards& weights, HyperParameters& hyper) {
   const auto found = weights.where.find("model.embed_tokens.weight");
   if (found == weights.where.end()) return;
   const auto& shape = weights.indices[found->second].find(found->first)->second.shape;
@@ -346,7 +203,7 @@ void take_padded_vocabulary(const Weights& weights, HyperParameters& hyper) {
 }
 
 // True if every value of a small tensor is zero.
-Result<bool> all_zero(const Weights& weights, uint32_t file, const SafetensorsTensor& tensor) {
+Result<bool> all_zero(const Shards& weights, uint32_t file, const SafetensorsTensor& tensor) {
   const auto type = source_type_of_dtype(tensor.dtype);
   if (!type || tensor.bytes > 16 * kMiB) return false;
   std::vector<std::byte> bytes(tensor.bytes);
@@ -369,10 +226,13 @@ bool changes_the_model(const std::string& name, uint32_t layers) {
   return digits != 0 && layer < layers && (rest.ends_with(".bias") || rest.ends_with("norm.weight"));
 }
 
-Status account_for_unused(const Weights& weights, const Checkpoint& checkpoint, const std::string& folder,
+Status account_for_unused(const Shards& weights, const Checkpoint& checkpoint, const std::string& folder,
                           const LogHook& log) {
-  std::set<std::string_view> used = {"lm_head.weight"};  // there twice in many tied checkpoints
-  for (const SourceTensor& tensor : checkpoint.tensors) used.insert(tensor.source_name);
+  std::set<std::string> used = {"lm_head.weight"};  // there twice in many tied checkpoints
+  for (const SourceTensor& tensor : checkpoint.tensors) {
+    used.insert(tensor.source_name);
+    if (tensor.packed) used.merge(packed_part_names(tensor));
+  }
   std::string first;
   size_t unused = 0;
   for (const auto& [name, file] : weights.where) {
@@ -482,17 +342,26 @@ Result<Checkpoint> open_huggingface(const std::string& folder, const LogHook& lo
   const Settings config(root, config_path);
   SLUICE_TRY_ASSIGN(architecture, read_architecture(config));
   SLUICE_TRY(refuse_variants(config, architecture));
+  SLUICE_TRY_ASSIGN(quantization, read_quantization_config(root, folder, log));
   SLUICE_TRY_ASSIGN(hyper, read_hyper_parameters(config, architecture, log));
   SLUICE_TRY_ASSIGN(rope, read_rope(config, hyper));
   SLUICE_TRY_ASSIGN(attention_bias, config.flag("attention_bias", false));
 
-  SLUICE_TRY_ASSIGN(weights, open_weights(folder));
+  SLUICE_TRY_ASSIGN(weights, open_shards(folder));
   take_padded_vocabulary(weights, hyper);
   Checkpoint checkpoint;
   checkpoint.manifest.hyper = hyper;
   for (const WantedTensor& wanted : wanted_tensors(hyper, attention_bias || architecture == Architecture::qwen2)) {
-    SLUICE_TRY_ASSIGN(source, locate(weights, wanted, hyper.tied_embeddings, folder));
-    checkpoint.tensors.push_back(std::move(source));
+    std::optional<SourceTensor> source;
+    if (quantization) {
+      SLUICE_TRY_ASSIGN(packed, locate_packed(weights, wanted, *quantization));
+      source = std::move(packed);
+    }
+    if (!source) {
+      SLUICE_TRY_ASSIGN(plain, locate(weights, wanted, hyper.tied_embeddings, folder));
+      source = std::move(plain);
+    }
+    checkpoint.tensors.push_back(std::move(*source));
   }
   SLUICE_TRY(account_for_unused(weights, checkpoint, folder, log));
 

@@ -13,6 +13,7 @@
 
 #include "import/checkpoint.hpp"
 #include "import/encode.hpp"
+#include "import/packed_int4.hpp"
 #include "import/text.hpp"
 #include "storage/container_writer.hpp"
 
@@ -65,6 +66,14 @@ Error at_tensor(Error error, const std::string& name) {
   return error;
 }
 
+// A matrix that was published as INT4 stays what it is: anything else would be larger and no better.
+Status check_packed_wish(const SourceTensor& source, const Options& options) {
+  const Weights wish = source.role == storage::Role::lm_head ? options.lm_head.value_or(Weights::keep) : options.weights;
+  if (wish == Weights::keep || wish == Weights::int4) return {};
+  return fail(ErrorCode::usage, fmt::format("{}: tensor {} is {} already; import the folder with --weights int4 or keep",
+                                            options.source, in_quotes(source.source_name), name_of(source.type)));
+}
+
 Result<Report> run_import(const Options& options) {
   const auto start = std::chrono::steady_clock::now();
   SLUICE_TRY(check_options(options));
@@ -77,6 +86,14 @@ Result<Report> run_import(const Options& options) {
   std::map<std::string, uint64_t> losses;
   for (const SourceTensor& source : checkpoint.tensors) {
     if (options.progress) options.progress(report.tensors, total, writer.bytes_written(), source.source_name);
+    if (source.packed) {
+      SLUICE_TRY(check_packed_wish(source, options));
+      if (auto written = write_packed_tensor(checkpoint.files, source, threads, writer); !written) {
+        return fail(at_tensor(std::move(written.error()), source.source_name));
+      }
+      ++report.tensors;
+      continue;
+    }
     const Target target = choose_target(source, options, tied);
     if (auto written = write_tensor(checkpoint.files[source.file], source, target, threads, writer); !written) {
       return fail(at_tensor(std::move(written.error()), source.source_name));

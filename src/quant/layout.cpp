@@ -101,11 +101,12 @@ void tile_up(std::span<const Element> elements, uint32_t rows, uint32_t cols, ui
 }
 
 // [rows][groups] into [ceil(rows/16)][groups][16].
-void tile_scales(std::span<const uint16_t> scales, uint32_t rows, uint64_t groups, std::byte* out) {
+template <class Element>
+void tile_groups(std::span<const Element> elements, uint32_t rows, uint64_t groups, std::byte* out) {
   for (uint32_t row = 0; row < rows; ++row) {
     for (uint64_t group = 0; group < groups; ++group) {
       const uint64_t element = (uint64_t{row / kTileRows} * groups + group) * kTileRows + row % kTileRows;
-      std::memcpy(out + element * 2, &scales[row * groups + group], 2);
+      std::memcpy(out + element * sizeof(Element), &elements[row * groups + group], sizeof(Element));
     }
   }
 }
@@ -149,10 +150,15 @@ Planes lay_out_codes(const storage::Tensor& tensor, const Codes& codes) {
   } else {
     tile_up<64>(codes.values, tensor.rows, tensor.cols, kInt8TileBytes, planes.values.data(), pack_int8_tile);
   }
-  tile_scales(codes.scales, tensor.rows, groups, planes.scales.data());
+  tile_groups(codes.scales, tensor.rows, groups, planes.scales.data());
   if (!codes.bias.empty()) {
     planes.bias.resize(planes.scales.size());
-    tile_scales(codes.bias, tensor.rows, groups, planes.bias.data());
+    tile_groups(codes.bias, tensor.rows, groups, planes.bias.data());
+  }
+  if (!codes.zeros.empty()) {
+    SLUICE_CHECK(tensor.scheme == Scheme::int4 && codes.bias.empty());
+    planes.zeros = sized_plane(tensor, PlaneKind::zeros);
+    tile_groups(codes.zeros, tensor.rows, groups, planes.zeros.data());
   }
   return planes;
 }

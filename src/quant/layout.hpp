@@ -15,6 +15,7 @@ struct Codes {
   std::span<const uint8_t> values;   // rows x cols: int4 as 0..15, int8 as two's complement
   std::span<const uint16_t> scales;  // rows x ceil(cols / group), FP16 bits
   std::span<const uint16_t> bias;    // the same, or empty
+  std::span<const uint8_t> zeros = {};  // int4: the same, or empty; not together with bias
 };
 
 // The planes of int4 and int8 codes. `tensor` describes exactly these rows; padding becomes zero bytes. Embeddings (int8

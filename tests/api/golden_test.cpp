@@ -18,6 +18,8 @@ double f16_error() { return on_gpu() ? 5e-3 : 2e-3; }
 double log_probability_error() { return on_gpu() ? 2e-3 : 1e-3; }
 // INT8 activations in groups of 32: half a step of max|x|/127 each, averaged over a dot product and through two layers.
 constexpr double kInt8ActivationError = 4e-2;
+// INT4 as published: the weights are exact, what is left is as above.
+double published_int4_error() { return on_gpu() ? 6e-3 : 3e-3; }
 // Below this margin between the two best logits a differing token is rounding.
 constexpr float kTellingMargin = 0.02f;
 
@@ -57,6 +59,37 @@ TEST_CASE("F16 imports of the golden models give the reference's logits and log-
       CHECK(std::abs(sum - expected_sum) <= log_probability_error() * std::abs(expected_sum));
       if (expected.has("logits_all" + suffix)) {
         CHECK(relative_error(logits, expected.array<float>("logits_all" + suffix)) <= f16_error());
+      }
+    }
+  }
+}
+
+TEST_CASE("checkpoints published as GPTQ, AWQ and compressed-tensors give the logits of their dequantized weights") {
+  const TempFolder folder;
+  for (const std::string& name : kGoldenInt4Models) {
+    INFO(name);
+    const std::string path = folder.file(name + ".sluice");
+    import_golden(name, path, WeightFormat::keep);
+    const ModelOptions options{.context = 512, .cpu_activations = Activations::f32};
+    if (on_gpu() && name == "llama3-gptq-actorder") {
+      const Result<Model> refused = Model::open(path, under_test(options));
+      if (!refused) {  // a backend without the gather says so
+        CHECK(refused.error().code == ErrorCode::unsupported);
+        continue;
+      }
+    }
+    const Model model = open_or_fail(path, options);
+    const Expected expected(name);
+    const size_t vocab = model.info().vocab;
+    for (size_t i = 0; i < expected.prompts.size(); ++i) {
+      const std::string suffix = "." + std::to_string(i);
+      const std::vector<int32_t> tokens = expected.array<int32_t>("tokens" + suffix);
+      const std::vector<float> logits = score_all(model, tokens);
+      const double last = relative_error(row(logits, tokens.size() - 1, vocab), expected.array<float>("logits_last" + suffix));
+      std::printf("%s prompt %zu: last logits off by %.2e\n", name.c_str(), i, last);
+      CHECK(last <= published_int4_error());
+      if (expected.has("logits_all" + suffix)) {
+        CHECK(relative_error(logits, expected.array<float>("logits_all" + suffix)) <= published_int4_error());
       }
     }
   }
