@@ -19,6 +19,9 @@ constexpr uint64_t kTellingBytes = 32ull << 20;
 // Of memory, read twice for the prediction: 8 ms, and as large as most caches.
 constexpr uint64_t kRateSampleBytes = 32ull << 20;
 
+// Of a session's track: with 30 a token, its last 130.
+constexpr uint32_t kSessionRecords = 1u << 12;
+
 storage::IoMode mode_of(Io io) {
   switch (io) {
     case Io::automatic: return storage::IoMode::automatic;
@@ -79,6 +82,13 @@ void Model::State::give_slot(uint32_t slot) {
   slot_taken[slot] = false;
 }
 
+trace::Track& Model::State::track_of(uint32_t slot) {
+  const std::lock_guard lock(slots_mutex);
+  trace::Track*& track = slot_tracks[slot];
+  if (track == nullptr) track = &engine->recorder().add_track(fmt::format("session {}", slot), kSessionRecords);
+  return *track;
+}
+
 Sampling Model::State::default_sampling() const {
   const storage::GenerationDefaults& defaults = engine->container().manifest().generation;
   return {.temperature = defaults.temperature, .top_k = defaults.top_k, .top_p = defaults.top_p, .min_p = defaults.min_p,
@@ -129,6 +139,7 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
   state->info.has_tokenizer = state->tokenizer.has_value();
   state->info.has_chat_template = state->chat_template.has_value();
   state->slot_taken.assign(opening.shape.sessions, false);
+  state->slot_tracks.assign(opening.shape.sessions, nullptr);
   state->bandwidths = options.bandwidths;
   if (state->bandwidths.device_memory <= 0 && backend_name == "cpu") state->bandwidths.device_memory = memory_rate;
   state->engine = std::move(engine);

@@ -65,7 +65,8 @@ class Span {
 
 }  // namespace
 
-Session::State::State(Model::State& model_state, uint32_t slot_number) : model(model_state), slot(slot_number) {
+Session::State::State(Model::State& model_state, uint32_t slot_number)
+    : model(model_state), slot(slot_number), track(model_state.track_of(slot_number)) {
   const backend::Shape& shape = model.engine->shape();
   tokens.reserve(model.info.context);
   logits.resize(shape.vocab);
@@ -104,6 +105,15 @@ Status Session::State::run_rows(uint32_t count, bool all_logits, bool last_logit
   times.tokens += count;
   evaluated += count;
   return {};
+}
+
+void Session::State::record_evidence(trace::Chain& token) {
+  if (!model.engine->recorder().collected()) return;
+  if (!evidence) evidence.emplace(track, model.info.path);
+  evidence->read();
+  track.count(trace::Counter::context, token.last(), tokens.size());
+  track.count(trace::Counter::stream_bytes, token.last(), model.engine->weights().bytes_read());
+  token.span(trace::Kind::evidence);
 }
 
 Status Session::State::run_pending(PassTimes& times) {
@@ -186,6 +196,7 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
   const bool can_end = !options.ignore_eos;
 
   std::optional<StopReason> reason;
+  trace::Chain parts(state.track);
   for (uint32_t generated = 0; !reason;) {
     if (generated >= options.max_tokens) reason = StopReason::max_tokens;
     else if (state.tokens.size() >= state.model.info.context) reason = StopReason::context_full;
@@ -195,17 +206,21 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
     const bool decoding = generated > 0;
     PassTimes& times = decoding ? state.timings.decode : state.timings.prefill;
     const Span total(times.total);
+    const uint64_t token_begin = parts.last();
+    const uint32_t pending = state.pending();
     if (state.pending() == 0 && !state.last_logits_known()) --state.evaluated;  // its logits went with a truncation
     if (Status status = state.run_pending(times); !status) {
       state.update_timings();
       if (status.error().code == ErrorCode::cancelled) return StopReason::cancelled;
       return fail(std::move(status.error()));
     }
+    parts.span(trace::Kind::run_model);
     int32_t id = 0;
     {
       const Span sampling(times.sampling);
       id = sampler.sample(state.logits, state.tokens);
     }
+    parts.span(trace::Kind::sampling);
     if (!decoding) state.note_first_token();
     state.tokens.push_back(id);
     ++generated;
@@ -218,10 +233,14 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
     }
     const bool last = generated == options.max_tokens || state.tokens.size() == state.model.info.context;
     if (text.push(id, last)) reason = StopReason::stop_text;
+    parts.span(trace::Kind::detokenize);
     if (!on_token({.id = id, .text = text.ready()}) && !reason) reason = StopReason::cancelled;
     if (decoding && state.timings.token_latencies.size() < kMostLatencies) {
       state.timings.token_latencies.push_back(total.seconds());
     }
+    parts.span(trace::Kind::callback);
+    state.record_evidence(parts);
+    state.track.record(trace::Kind::token, token_begin, parts.last(), trace::Record::kNoLayer, pending, state.tokens.size());
   }
   state.cancelled.store(false);
   state.update_timings();

@@ -18,6 +18,9 @@
 #include "plan/planner.hpp"
 #include "sluice/sluice.hpp"
 #include "storage/container.hpp"
+#include "trace/collector.hpp"
+#include "trace/evidence.hpp"
+#include "trace/recorder.hpp"
 
 namespace sluice {
 
@@ -32,9 +35,12 @@ struct Model::State {
 
   std::mutex slots_mutex;
   std::vector<bool> slot_taken;         // KV cache of a session; under slots_mutex
+  std::vector<trace::Track*> slot_tracks;   // of the session there; null until there was one; under slots_mutex
+  std::unique_ptr<trace::Collector> collector;   // while a trace is written; goes before the engine
 
   std::optional<uint32_t> take_slot();
   void give_slot(uint32_t slot);
+  trace::Track& track_of(uint32_t slot);
   Sampling default_sampling() const;    // of the generation config
   // The planner's figure for a decode pass with the bandwidths known by now.
   double predict_pass() const;
@@ -56,10 +62,14 @@ struct Session::State {
   void note_first_token();
   // Copies what the model counts into `timings`.
   void update_timings();
+  // Adds the counters of one token to the trace, if there is one, as the last part of `token`.
+  void record_evidence(trace::Chain& token);
   bool take_cancel() { return cancelled.exchange(false); }
 
   Model::State& model;
   const uint32_t slot;
+  trace::Track& track;
+  std::optional<trace::TokenEvidence> evidence;   // opened with the first token of a trace
   std::vector<int32_t> tokens;          // capacity: the context
   uint32_t evaluated = 0;               // tokens that are in the KV cache
   std::vector<float> logits;            // of the token before position logits_at

@@ -54,6 +54,7 @@ int run_main(int argc, char** argv) {
   cli::add_detokenize(app, chosen);
   cli::add_doctor(app, chosen);
   cli::add_synth(app, chosen);
+  cli::add_trace(app, chosen);
 
   try {
     app.parse(argc, argv);

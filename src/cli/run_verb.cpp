@@ -11,6 +11,7 @@
 #include "interrupt.hpp"
 #include "output.hpp"
 #include "timing_report.hpp"
+#include "trace_summary.hpp"
 #include "verb.hpp"
 #include "sluice/sluice.hpp"
 
@@ -24,6 +25,7 @@ struct Flags {
   CLI::Option* ids_flag = nullptr;
   ModelOptions options;
   GenerateOptions generate;
+  std::string trace;
   bool chat = false, json = false, quiet = false;
 };
 
@@ -83,6 +85,7 @@ Result<int> run(const Flags& flags) {
   SLUICE_TRY_ASSIGN(session, model.new_session());
   SLUICE_TRY(session.append(tokens));
 
+  if (!flags.trace.empty()) SLUICE_TRY(model.start_trace(flags.trace, "run"));
   CancelOnInterrupt interrupt(session);
   std::string answer;
   std::vector<int32_t> ids;
@@ -97,15 +100,24 @@ Result<int> run(const Flags& flags) {
     if (token.text.size() > 0) answer.assign(1, token.text.back());
     return written.has_value();
   });
+  std::string trace_lines;
+  Status traced;
+  if (!flags.trace.empty()) {
+    Result<std::string> lines = finish_trace(model, flags.trace);
+    if (lines) trace_lines = std::move(*lines);
+    else traced = fail(std::move(lines.error()));
+  }
   // A terminal's prompt belongs on a line of its own; a file or pipe gets the text and nothing else.
   if (!flags.json && written && ::isatty(STDOUT_FILENO) == 1 && !answer.ends_with('\n')) written = print("\n");
   if (!flags.quiet) {
     note("");
     if (stopped && written) note(fmt::format("stopped: {}", reason_text(*stopped)));
     note(timing_summary(model.info(), session.timings()));
+    if (!trace_lines.empty()) note("\n" + trace_lines);
   }
   SLUICE_TRY(std::move(written));
   SLUICE_TRY_ASSIGN(reason, std::move(stopped));
+  SLUICE_TRY(std::move(traced));
   if (flags.json) {
     SLUICE_TRY(print_json({{"prompt_ids", tokens},
                            {"ids", ids},
@@ -137,6 +149,8 @@ void add_run(CLI::App& app, Chosen& chosen) {
   verb->add_flag("--ignore-eos", flags->generate.ignore_eos, "Go on past the end of text");
   verb->add_flag("-q,--quiet", flags->quiet, "No log and no timing summary");
   verb->add_flag("--json", flags->json, "Print ids, text and timings as JSON instead of streaming the text");
+  verb->add_option("--trace", flags->trace, "Write where every token's time goes to FILE, for `sluice trace`")
+      ->type_name("FILE");
   add_sampling_flags(*verb, flags->generate.sampling);
   add_model_flags(*verb, flags->options);
   verb->footer("Example:\n  sluice run models/smollm2-135m.sluice --chat -p \"Why is the sky blue?\" -n 100 "

@@ -28,5 +28,6 @@ void add_tokenize(CLI::App& app, Chosen& chosen);
 void add_detokenize(CLI::App& app, Chosen& chosen);
 void add_doctor(CLI::App& app, Chosen& chosen);
 void add_synth(CLI::App& app, Chosen& chosen);
+void add_trace(CLI::App& app, Chosen& chosen);
 
 }  // namespace sluice::cli

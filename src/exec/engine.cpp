@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <chrono>
 #include <utility>
 
 #include "base/check.hpp"
@@ -17,19 +16,26 @@ namespace {
 // Rows of the embedding in flight: two reads each, a few KiB.
 constexpr uint32_t kRowDepth = 64;
 
-// Time since the last lap, for counting a pass without gaps.
-class Laps {
- public:
-  uint64_t lap() {
-    const auto now = std::chrono::steady_clock::now();
-    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
-    last_ = now;
-    return static_cast<uint64_t>(ns);
+// What a stage is called in a trace.
+trace::Kind kind_of(Stage stage) {
+  switch (stage) {
+    case Stage::disk_wait: return trace::Kind::disk_wait;
+    case Stage::copy_wait: return trace::Kind::copy_wait;
+    case Stage::embed: return trace::Kind::embed;
+    case Stage::norm: return trace::Kind::norm;
+    case Stage::matmul: return trace::Kind::matmul;
+    case Stage::rope: return trace::Kind::rope;
+    case Stage::attention: return trace::Kind::attention;
+    case Stage::activation: return trace::Kind::activation;
+    case Stage::lm_head: return trace::Kind::lm_head;
+    case Stage::count: break;
   }
+  return trace::Kind::none;
+}
 
- private:
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
+uint16_t layer_of(const Step& step) {
+  return step.for_logits ? trace::Record::kNoLayer : static_cast<uint16_t>(step.op.layer);
+}
 
 // Computing without the permutation would give wrong tokens in silence.
 Status check_permutations(const storage::Container& container, const backend::Backend& backend) {
@@ -72,7 +78,8 @@ backend::Shape Engine::shape_of(const storage::Manifest& manifest) {
 
 Engine::Engine(storage::Container container, plan::Plan plan, std::unique_ptr<backend::Backend> backend,
                const backend::Shape& shape)
-    : container_(std::move(container)), plan_(std::move(plan)), backend_(std::move(backend)), shape_(shape) {
+    : container_(std::move(container)), plan_(std::move(plan)), backend_(std::move(backend)), shape_(shape),
+      track_(recorder_.add_track("engine")) {
   shape_.inverse_frequencies = container_.manifest().rope.inverse_frequencies;
   shape_.max_rows = plan_.max_rows;
   shape_.max_logit_rows = std::min(shape_.max_logit_rows, shape_.max_rows);
@@ -103,51 +110,77 @@ Result<std::unique_ptr<Engine>> Engine::open(storage::Container container, plan:
 
 Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> ids, std::span<float> logits,
                    StageTimes& times) {
-  const std::unique_lock<std::mutex> lock(mutex_);
+  const uint64_t asked = trace::ticks();
+  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock) {
+    lock.lock();
+    track_.record(trace::Kind::turn_wait, asked, trace::ticks());
+  }
   SLUICE_CHECK(!rows.empty() && rows.size() <= shape_.max_rows && rows.size() == ids.size());
   const auto wanted = static_cast<size_t>(
       std::count_if(rows.begin(), rows.end(), [](const backend::Row& row) { return row.wants_logits; }));
   SLUICE_CHECK(wanted <= shape_.max_logit_rows && logits.size() == wanted * shape_.vocab);
 
   if (dead_) return fail(*dead_);
-  Laps laps;
+  trace::Chain chain(track_);
+  const uint64_t begin = chain.last();
+  StageTimes spent;   // in ticks
   const std::span<float> embeddings = std::span(embeddings_).first(rows.size() * shape_.hidden);
   SLUICE_TRY(embedding_->fetch(ids, embeddings));
   SLUICE_TRY(backend_->begin_pass(rows, embeddings));
-  times[Stage::embed] += laps.lap();
-  const StageTimes before = times;
+  spent[Stage::embed] += chain.span(trace::Kind::embed);
 
+  uint16_t layer = trace::Record::kNoLayer;
+  uint64_t layer_begin = 0;
   for (const Step& step : program_) {
-    AcquireTimes waits;
-    if (Status status = run_step(step, wanted > 0, waits); !status) {
+    if (layer_of(step) != layer) {
+      if (layer != trace::Record::kNoLayer) track_.record(trace::Kind::layer, layer_begin, chain.last(), layer);
+      layer = layer_of(step);
+      layer_begin = chain.last();
+    }
+    if (Status status = run_step(step, wanted > 0, chain, spent); !status) {
       dead_ = status.error();  // the stream stands in the middle of a pass
       return status;
     }
-    const uint64_t waited = waits.disk_wait_ns + waits.copy_wait_ns;
-    const uint64_t lap = laps.lap();
-    times[Stage::disk_wait] += waits.disk_wait_ns;
-    times[Stage::copy_wait] += waits.copy_wait_ns;
-    times[step.stage] += lap - std::min(lap, waited);
   }
   SLUICE_TRY(backend_->finish_pass(logits));
   SLUICE_TRY(weights_->check_mapping());
   SLUICE_TRY(check_logits(rows, logits));
-  times[Stage::lm_head] += laps.lap();
-  if (const std::span<const backend::OpTime> ops = backend_->op_times(); !ops.empty()) {
-    const StageTimes device = device_stages(program_, plan_, wanted > 0, ops, times.total() - before.total());
-    times = before;
-    for (size_t i = 0; i < device.ns.size(); ++i) times.ns[i] += device.ns[i];
-  }
+  spent[Stage::lm_head] += chain.span(trace::Kind::finish);
+  track_.record(trace::Kind::pass, begin, chain.last(), trace::Record::kNoLayer, static_cast<uint32_t>(rows.size()),
+                rows.front().position);
+  add_times(spent, wanted > 0, times);
   return {};
 }
 
-Status Engine::run_step(const Step& step, bool wants_logits, AcquireTimes& waits) {
+// Ticks of a pass to nanoseconds, on top of `times`. A device that times its own operations knows their stages better.
+void Engine::add_times(StageTimes spent, bool wants_logits, StageTimes& times) const {
+  const double ns_per_tick = recorder_.ns_per_tick();
+  for (uint64_t& ns : spent.ns) ns = static_cast<uint64_t>(static_cast<double>(ns) * ns_per_tick);
+  if (const std::span<const backend::OpTime> ops = backend_->op_times(); !ops.empty()) {
+    const uint64_t embed = std::exchange(spent[Stage::embed], 0);
+    spent = device_stages(program_, plan_, wants_logits, ops, spent.total());
+    spent[Stage::embed] += embed;
+  }
+  for (size_t i = 0; i < spent.ns.size(); ++i) times.ns[i] += spent.ns[i];
+}
+
+Status Engine::run_step(const Step& step, bool wants_logits, trace::Chain& chain, StageTimes& spent) {
   const bool runs = wants_logits || !step.for_logits;
-  if (step.stream_item < 0) return runs ? backend_->run(step.op) : Status();
-  const auto item = static_cast<uint32_t>(step.stream_item);
-  SLUICE_TRY(weights_->prefetcher()->acquire(item, waits));
+  if (step.stream_item >= 0) SLUICE_TRY(acquire(step, chain, spent));
   if (runs) SLUICE_TRY(backend_->run(step.op));
-  weights_->prefetcher()->release(item);
+  if (step.stream_item >= 0) weights_->prefetcher()->release(static_cast<uint32_t>(step.stream_item));
+  spent[step.stage] += chain.span(kind_of(step.stage), layer_of(step));
+  return {};
+}
+
+// Waits for the step's item. What that takes is a wait only if there was one to be made.
+Status Engine::acquire(const Step& step, trace::Chain& chain, StageTimes& spent) {
+  AcquireTimes waits;
+  SLUICE_TRY(weights_->prefetcher()->acquire(static_cast<uint32_t>(step.stream_item), waits));
+  if (waits.disk_wait_ns == 0 && waits.copy_wait_ns == 0) return {};
+  const Stage stage = waits.disk_wait_ns > 0 ? Stage::disk_wait : Stage::copy_wait;
+  spent[stage] += chain.span(kind_of(stage), layer_of(step), 0, static_cast<uint64_t>(step.stream_item));
   return {};
 }
 

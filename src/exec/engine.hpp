@@ -17,6 +17,7 @@
 #include "plan/planner.hpp"
 #include "sluice/result.hpp"
 #include "storage/container.hpp"
+#include "trace/recorder.hpp"
 
 namespace sluice::exec {
 
@@ -41,6 +42,7 @@ class Engine {
   const backend::Shape& shape() const { return shape_; }
   const Weights& weights() const { return *weights_; }
   const Embedding& embedding() const { return *embedding_; }
+  trace::Recorder& recorder() { return recorder_; }
   // For the KV calls, which are made between passes: hold `turn()` meanwhile.
   backend::Backend& backend() { return *backend_; }
   std::unique_lock<std::mutex> turn() { return std::unique_lock(mutex_); }
@@ -48,13 +50,17 @@ class Engine {
  private:
   Engine(storage::Container container, plan::Plan plan, std::unique_ptr<backend::Backend> backend,
          const backend::Shape& shape);
-  Status run_step(const Step& step, bool wants_logits, AcquireTimes& waits);
+  Status run_step(const Step& step, bool wants_logits, trace::Chain& chain, StageTimes& spent);
+  Status acquire(const Step& step, trace::Chain& chain, StageTimes& spent);
+  void add_times(StageTimes spent, bool wants_logits, StageTimes& times) const;
   Status check_logits(std::span<const backend::Row> rows, std::span<const float> logits) const;
 
   storage::Container container_;
   plan::Plan plan_;
   std::unique_ptr<backend::Backend> backend_;
   backend::Shape shape_;
+  trace::Recorder recorder_;             // before whoever records
+  trace::Track& track_;                  // of passes; its writer holds mutex_
   std::unique_ptr<Weights> weights_;     // after the backend that it uses
   std::unique_ptr<Embedding> embedding_;
   std::vector<Step> program_;

@@ -11,7 +11,7 @@ import sluice_process as sp
 from sluice_process import CliTest, sluice
 
 VERBS = ["import", "inspect", "verify", "plan", "run", "chat", "bench", "score", "tokenize", "detokenize", "doctor",
-         "synth"]
+         "synth", "trace"]
 
 
 class Help(CliTest):

@@ -130,6 +130,11 @@ struct ChatMessage {
   std::string content;
 };
 
+// What a finished trace holds. A record is dropped when the disk takes the trace too slowly.
+struct TraceTotals {
+  uint64_t records = 0, dropped = 0;
+};
+
 class Session;
 namespace api {
 struct Access;
@@ -156,6 +161,13 @@ class SLUICE_API Model {
   // The conversation through the model's own template. Error: unsupported (none, or one beyond the subset).
   Result<std::string> render_chat(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
   Sampling default_sampling() const;         // of the generation config, negative where it says nothing
+
+  // Writes what happens from now on to a trace (docs/tracing.md), until stop_trace or the model's end; a file that was
+  // not stopped lacks the last 20 ms. `command`: for the report, what is run. Not while another trace is written (usage).
+  // Errors: usage, not_found, io. Sessions may be in use; start_trace and stop_trace themselves take one thread at a time.
+  Status start_trace(const std::string& path, const std::string& command = {});
+  // Finishes the file. Errors: usage (none is written), io (the first write that failed).
+  Result<TraceTotals> stop_trace();
 
  private:
   friend class Session;
@@ -255,6 +267,12 @@ class SLUICE_API TextCodec {
   explicit TextCodec(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
+
+// ---- Traces ----------------------------------------------------------------------------------------------------
+
+// What a trace says, as a JSON object (docs/tracing.md). Errors: not_found, io, corrupt, unsupported (a later format
+// version; a trace without a token).
+SLUICE_API Result<std::string> analyze_trace(const std::string& path);
 
 // ---- The machine -----------------------------------------------------------------------------------------------
 

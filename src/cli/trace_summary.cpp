@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trace_summary.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include "output.hpp"
+
+namespace sluice::cli {
+namespace {
+
+using nlohmann::json;
+
+// Eight heights of a block, from the median's half up to the highest value, by square root: a spike stands out and the
+// rest keeps its shape.
+std::string sparkline(const json& series, double typical) {
+  constexpr std::array<const char*, 8> kBlocks = {"▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+  constexpr size_t kWidth = 72;
+  const size_t columns = std::min(kWidth, series.size());
+  std::vector<double> highest(columns, 0);
+  for (size_t i = 0; i < series.size(); ++i) {
+    double& column = highest[i * columns / series.size()];
+    column = std::max(column, series[i].get<double>());
+  }
+  const double floor = typical / 2;
+  const double top = columns == 0 ? 0 : *std::max_element(highest.begin(), highest.end());
+  std::string line;
+  for (const double value : highest) {
+    const double share = top > floor ? std::sqrt(std::max(0.0, value - floor) / (top - floor)) : 0;
+    line += kBlocks[static_cast<size_t>(std::min(7.0, share * 7.999))];
+  }
+  return line;
+}
+
+std::string seconds_of(const json& value) { return seconds_text(value.get<double>()); }
+
+// Parts by size, those below a thousandth left out.
+std::string parts_table(const json& report) {
+  const double total = report["decode_seconds"].get<double>();
+  const auto tokens = report["decoded_tokens"].get<double>();
+  std::vector<std::pair<double, std::string>> parts;
+  for (const auto& [name, seconds] : report["parts"].items()) parts.emplace_back(seconds.get<double>(), name);
+  std::sort(parts.rbegin(), parts.rend());
+  std::string text;
+  for (const auto& [seconds, name] : parts) {
+    if (seconds < total * 1e-3) continue;
+    text += fmt::format("  {:<12}{:>11} {:>6.1f}%\n", name, seconds_text(seconds / tokens), 100 * seconds / total);
+  }
+  return text;
+}
+
+}  // namespace
+
+std::string trace_summary(const json& report) {
+  const auto decoded = report["decoded_tokens"].get<uint64_t>();
+  std::string text = fmt::format("trace: {} tokens, {} of them decoded, {} records", report["tokens"].get<uint64_t>(), decoded,
+                                 report["records"].get<uint64_t>());
+  const auto dropped = report["dropped"].get<uint64_t>();
+  if (dropped > 0) text += fmt::format(", {} dropped: the disk takes the trace too slowly", dropped);
+  if (!report["complete"].get<bool>()) text += "; the run ended before its trace was finished";
+  if (decoded == 0) return text;
+  const json& itl = report["itl"];
+  text += fmt::format("\nITL: p50 {}, p90 {}, p99 {}, p99.9 {}, max {}\n", seconds_of(itl["p50"]), seconds_of(itl["p90"]),
+                      seconds_of(itl["p99"]), seconds_of(itl["p99.9"]), seconds_of(itl["max"]));
+  text += fmt::format("  {}\n", sparkline(report["itl_series"], itl["p50"].get<double>()));
+  text += "time of a token:\n" + parts_table(report);
+  const json& accounting = report["accounting"];
+  text += fmt::format("accounted for to 99%: {:.2f}% of the tokens (the worst one: {:.1f}% of its time)",
+                      100 * accounting["tokens_at_99_percent"].get<double>(), 100 * accounting["worst_token"].get<double>());
+  return text;
+}
+
+Result<std::string> finish_trace(Model& model, const std::string& path) {
+  SLUICE_TRY_ASSIGN(totals, model.stop_trace());
+  Result<std::string> text = analyze_trace(path);
+  if (!text && text.error().code == ErrorCode::unsupported) {
+    return fmt::format("trace: {} records in {}, no token yet", totals.records, path);
+  }
+  if (!text) return fail(std::move(text.error()));
+  return trace_summary(json::parse(*text));
+}
+
+}  // namespace sluice::cli

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Carries records from the recorder's rings into a file while a model runs.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "sluice/result.hpp"
+#include "trace/evidence.hpp"
+#include "trace/recorder.hpp"
+#include "trace/trace_file.hpp"
+
+namespace sluice::trace {
+
+// What a finished trace holds.
+struct Totals {
+  uint64_t records = 0;
+  uint64_t dropped = 0;   // overwritten before they could be written
+};
+
+class Collector {
+ public:
+  // Creates `path` and starts collecting what is recorded from now on. `note_json`: what is run, on what. The recorder
+  // must outlive the object. Errors: not_found, io.
+  static Result<std::unique_ptr<Collector>> start(Recorder& recorder, const std::string& path, const std::string& note_json);
+  // Stops and leaves the file unfinished if stop() was not called.
+  ~Collector();
+
+  // Collects what is left and finishes the file. Error: io, that of the first write that failed. Once.
+  Result<Totals> stop();
+
+ private:
+  struct Source {
+    Track* track = nullptr;
+    uint64_t next = 0;        // record to be read next
+    uint64_t dropped = 0;
+  };
+
+  Collector(Recorder& recorder, TraceFileWriter file) : recorder_(recorder), file_(std::move(file)) {}
+  void run();
+  Status collect();
+  void join();
+
+  Recorder& recorder_;
+  TraceFileWriter file_;
+  std::vector<Source> sources_;
+  std::vector<Record> records_;
+  std::unique_ptr<MachineEvidence> machine_;
+  Totals totals_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool stopping_ = false;     // under mutex_
+  Status status_;             // the thread's; read after join
+  std::thread thread_;
+};
+
+}  // namespace sluice::trace

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trace/recorder.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.hpp"
+
+namespace sluice::trace {
+
+namespace {
+
+constexpr std::array<std::string_view, static_cast<size_t>(Kind::count)> kKindNames = {
+    "none",       "token",      "run_model", "sampling", "detokenize", "callback",   "evidence",
+    "pass",       "embed",      "norm",      "matmul",   "rope",       "attention",  "activation",
+    "lm_head",    "disk_wait",  "copy_wait", "layer",    "finish",     "disk_read",  "bus_copy",
+    "check",      "stage_wait", "ring_wait", "counter",  "injected",   "turn_wait"};
+
+constexpr std::array<std::string_view, static_cast<size_t>(Counter::count)> kCounterNames = {
+    "minor_faults",   "major_faults",    "voluntary_switches", "forced_switches", "run_delay_ns",
+    "psi_cpu_us",     "psi_io_us",       "psi_memory_us",      "disk_reads",      "disk_read_sectors",
+    "disk_read_ms",   "disk_writes",     "disk_write_ms",      "stream_bytes",    "resident_bytes",
+    "reclaimed_pages", "swapped_pages",  "context",            "process_cpu_ns",  "refaults",
+    "thread_cpu_ns",  "busy_ms",         "steal_ms"};
+
+}  // namespace
+
+std::string_view name_of(Kind kind) {
+  const auto index = static_cast<size_t>(kind);
+  return index < kKindNames.size() ? kKindNames[index] : "unknown";
+}
+
+std::string_view name_of(Counter counter) {
+  const auto index = static_cast<size_t>(counter);
+  return index < kCounterNames.size() ? kCounterNames[index] : "unknown";
+}
+
+// ---------------------------------------------------------------------------------------------------------- clock
+
+ClockPair read_clocks() {
+  ClockPair best{.ticks = 0, .steady_ns = 0, .error_ns = UINT64_MAX};
+  for (int i = 0; i < 8; ++i) {
+    const uint64_t before = steady_ns();
+    const uint64_t stamp = ticks();
+    const uint64_t after = steady_ns();
+    if (after - before < best.error_ns) {
+      best = {.ticks = stamp, .steady_ns = before + (after - before) / 2, .error_ns = after - before};
+    }
+  }
+  return best;
+}
+
+TickScale::TickScale(const ClockPair& first, const ClockPair& later)
+    : base_ticks_(first.ticks), base_ns_(static_cast<double>(first.steady_ns)) {
+  if (later.ticks > first.ticks && later.steady_ns > first.steady_ns) {
+    ns_per_tick_ = static_cast<double>(later.steady_ns - first.steady_ns) / static_cast<double>(later.ticks - first.ticks);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- tracks
+
+Track::Track(uint16_t number, std::string name, uint32_t capacity)
+    : number_(number), name_(std::move(name)), mask_(capacity - 1), cells_(std::make_unique<Cell[]>(capacity)) {
+  SLUICE_CHECK(capacity > 1 && (capacity & (capacity - 1)) == 0);
+}
+
+uint64_t Track::read(uint64_t from, std::vector<Record>& out, uint64_t& dropped) const {
+  const uint64_t capacity = mask_ + 1;
+  const uint64_t head = head_.load(std::memory_order_acquire);
+  uint64_t first = std::max(from, head > capacity ? head - capacity : 0);
+  const size_t kept = out.size();
+  for (uint64_t at = first; at < head; ++at) {
+    const Cell& cell = cells_[at & mask_];
+    Record record;
+    record.begin = cell[0].load(std::memory_order_relaxed);
+    record.end = cell[1].load(std::memory_order_relaxed);
+    record.value = cell[2].load(std::memory_order_relaxed);
+    const uint64_t rest = cell[3].load(std::memory_order_relaxed);
+    record.bytes = static_cast<uint32_t>(rest);
+    record.layer = static_cast<uint16_t>(rest >> 32);
+    record.kind = static_cast<Kind>(rest >> 48);
+    out.push_back(record);
+  }
+  // If a load above saw a word of record n + capacity in the place of record n, then the writer had stored n + capacity
+  // to head before its fence, and the load of head behind this fence sees that or more. So everything that may have been
+  // overwritten is thrown away, the cell that the writer is in the middle of (number `now`) included.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  const uint64_t now = head_.load(std::memory_order_relaxed);
+  const uint64_t valid_from = now + 1 > capacity ? now + 1 - capacity : 0;
+  if (valid_from > first) {
+    const uint64_t lost = std::min(valid_from, head) - first;
+    out.erase(out.begin() + static_cast<std::ptrdiff_t>(kept), out.begin() + static_cast<std::ptrdiff_t>(kept + lost));
+    first += lost;
+  }
+  dropped += first - from;
+  return head;
+}
+
+// ---------------------------------------------------------------------------------------------------------- recorder
+
+Track& Recorder::add_track(std::string name, uint32_t capacity) {
+  const std::lock_guard lock(mutex_);
+  tracks_.push_back(std::make_unique<Track>(static_cast<uint16_t>(tracks_.size()), std::move(name), capacity));
+  return *tracks_.back();
+}
+
+std::vector<Track*> Recorder::tracks() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<Track*> tracks;
+  for (const auto& track : tracks_) tracks.push_back(track.get());
+  return tracks;
+}
+
+}  // namespace sluice::trace

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// The recorder: tracks of 32-byte records, always on.
+//
+//   writer --record()--> ring of a track --collector, 50 times a second--> file (while a trace is being written)
+//
+// A track has one writer at a time, so writing is four stores and a publishing one: no lock, no system call, no
+// allocation, and no look at who reads. The ring overwrites its oldest records; a collector that comes too late finds
+// out which ones it missed and counts them. Without a collector the ring simply holds the last moments.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "trace/clock.hpp"
+#include "trace/record.hpp"
+
+namespace sluice::trace {
+
+// One writer's ring. The writer may change from thread to thread if something else (a mutex) orders them.
+class Track {
+ public:
+  // `capacity`: records, a power of two.
+  Track(uint16_t number, std::string name, uint32_t capacity);
+
+  void record(Kind kind, uint64_t begin, uint64_t end, uint16_t layer = Record::kNoLayer, uint32_t bytes = 0,
+              uint64_t value = 0) {
+    const uint64_t at = head_.load(std::memory_order_relaxed);
+    Cell& cell = cells_[at & mask_];
+    // A reader that meets a cell while it is rewritten finds out: read() looks at the head again afterwards. The fence
+    // keeps these stores behind the head's last one; on x86 it is no instruction.
+    std::atomic_thread_fence(std::memory_order_release);
+    cell[0].store(begin, std::memory_order_relaxed);
+    cell[1].store(end, std::memory_order_relaxed);
+    cell[2].store(value, std::memory_order_relaxed);
+    cell[3].store(uint64_t{bytes} | uint64_t{layer} << 32 | uint64_t{static_cast<uint16_t>(kind)} << 48,
+                  std::memory_order_relaxed);
+    head_.store(at + 1, std::memory_order_release);
+  }
+  void count(Counter counter, uint64_t at_ticks, uint64_t value) {
+    record(Kind::counter, at_ticks, at_ticks, static_cast<uint16_t>(counter), 0, value);
+  }
+
+  uint16_t number() const { return number_; }
+  const std::string& name() const { return name_; }
+  uint64_t written() const { return head_.load(std::memory_order_acquire); }
+
+  // Appends the records from number `from` on to `out`; any thread. Returns the number of the next one; what was
+  // overwritten before it could be read is added to `dropped`.
+  uint64_t read(uint64_t from, std::vector<Record>& out, uint64_t& dropped) const;
+
+ private:
+  using Cell = std::array<std::atomic<uint64_t>, 4>;
+
+  const uint16_t number_;
+  const std::string name_;
+  const uint64_t mask_;
+  std::unique_ptr<Cell[]> cells_;
+  alignas(64) std::atomic<uint64_t> head_{0};   // records written so far
+};
+
+// The tracks of a model. They live as long as the recorder.
+class Recorder {
+ public:
+  Recorder() { machine_ = &add_track("machine", 1u << 10); }
+  Recorder(const Recorder&) = delete;
+  Recorder& operator=(const Recorder&) = delete;
+
+  // Records that a track holds: with 300 a token, those of the last fifty.
+  static constexpr uint32_t kCapacity = 1u << 14;
+
+  // A new track. Any thread; allocates.
+  Track& add_track(std::string name, uint32_t capacity = kCapacity);
+  // The tracks so far. Any thread.
+  std::vector<Track*> tracks() const;
+
+  // Whether somebody writes a trace: evidence that costs system calls is gathered only then.
+  bool collected() const { return collected_.load(std::memory_order_relaxed); }
+  void set_collected(bool on) { collected_.store(on, std::memory_order_relaxed); }
+
+  // Of this recorder's stamps, measured from its beginning until now: 1e-4 at worst in its first millisecond, then better.
+  double ns_per_tick() const { return TickScale(started_, read_clocks()).ns_per_tick(); }
+  // For readings of the machine, by the collector.
+  Track& machine_track() { return *machine_; }
+
+ private:
+  const ClockPair started_ = read_clocks();
+  std::atomic<bool> collected_{false};
+  mutable std::mutex mutex_;
+  std::vector<std::unique_ptr<Track>> tracks_;   // under mutex_; the tracks themselves are not
+  Track* machine_ = nullptr;
+};
+
+// Stamps that follow each other: each span begins where the one before ended, so that a whole is its parts and one stamp
+// a span is enough.
+class Chain {
+ public:
+  explicit Chain(Track& track) : track_(track), last_(ticks()) {}
+
+  // The time since the last call, as a span. Returns its length in ticks.
+  uint64_t span(Kind kind, uint16_t layer = Record::kNoLayer, uint32_t bytes = 0, uint64_t value = 0) {
+    const uint64_t now = ticks();
+    const uint64_t begin = last_;
+    track_.record(kind, begin, now, layer, bytes, value);
+    last_ = now;
+    return now - begin;
+  }
+  uint64_t last() const { return last_; }
+  Track& track() { return track_; }
+
+ private:
+  Track& track_;
+  uint64_t last_;
+};
+
+}  // namespace sluice::trace

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trace/tokens.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include <fmt/format.h>
+
+namespace sluice::trace {
+namespace {
+
+constexpr std::array<const char*, kParts> kPartNames = {
+    "disk_wait", "copy_wait", "turn_wait", "embed",    "norm",       "matmul",   "rope",     "attention", "activation",
+    "lm_head",   "finish",    "sampling",  "detokenize", "callback", "evidence", "pass_gap", "gap"};
+
+std::optional<Part> part_of(Kind kind) {
+  switch (kind) {
+    case Kind::disk_wait: return Part::disk_wait;
+    case Kind::copy_wait: return Part::copy_wait;
+    case Kind::turn_wait: return Part::turn_wait;
+    case Kind::embed: return Part::embed;
+    case Kind::norm: return Part::norm;
+    case Kind::matmul: return Part::matmul;
+    case Kind::rope: return Part::rope;
+    case Kind::attention: return Part::attention;
+    case Kind::activation: return Part::activation;
+    case Kind::lm_head: return Part::lm_head;
+    case Kind::finish: return Part::finish;
+    case Kind::sampling: return Part::sampling;
+    case Kind::detokenize: return Part::detokenize;
+    case Kind::callback: return Part::callback;
+    case Kind::evidence: return Part::evidence;
+    default: return std::nullopt;
+  }
+}
+
+bool is_reading(Counter counter) { return counter == Counter::context || counter == Counter::resident_bytes; }
+
+// A pass with its parts: what the engine's track has between two ticks.
+struct Pass {
+  uint64_t begin = 0, end = 0;
+  uint32_t rows = 0;
+  std::array<uint64_t, kParts> ticks{};
+};
+
+std::vector<Pass> passes_of(const TraceTrack& track) {
+  std::vector<Pass> passes;
+  Pass pass;
+  for (const Record& record : track.records) {
+    if (record.kind == Kind::pass) {   // written behind its parts
+      pass.begin = record.begin;
+      pass.end = record.end;
+      pass.rows = record.bytes;
+      passes.push_back(std::exchange(pass, Pass()));
+    } else if (const std::optional<Part> part = part_of(record.kind)) {
+      pass.ticks[static_cast<size_t>(*part)] += record.end - record.begin;
+    }
+  }
+  return passes;
+}
+
+class Joiner {
+ public:
+  explicit Joiner(const Trace& trace) : trace_(trace) {}
+
+  Result<Tokens> join() {
+    for (const TraceTrack& track : trace_.tracks) {
+      if (track.name == "engine") passes_ = passes_of(track);
+    }
+    for (size_t i = 0; i < trace_.tracks.size(); ++i) session(static_cast<uint32_t>(i));
+    if (tokens_.all.empty()) {
+      return fail(ErrorCode::unsupported, fmt::format("{} holds no token; trace a run that generates some", trace_.path));
+    }
+    std::stable_sort(tokens_.all.begin(), tokens_.all.end(), [](const Token& a, const Token& b) { return a.end < b.end; });
+    machine();
+    return std::move(tokens_);
+  }
+
+ private:
+  void session(uint32_t number) {
+    Token token;
+    uint64_t run_begin = 0, run_end = 0;
+    std::array<double, static_cast<size_t>(Counter::count)> before{};
+    std::array<bool, static_cast<size_t>(Counter::count)> known{};
+    bool first = true;
+    for (const Record& record : trace_.tracks[number].records) {
+      if (record.kind == Kind::counter && record.layer < static_cast<uint16_t>(Counter::count)) {
+        const size_t which = record.layer;
+        const auto value = static_cast<double>(record.value);
+        if (is_reading(static_cast<Counter>(which))) token.counters[which] = value;
+        else if (known[which]) token.counters[which] = value - before[which];
+        before[which] = value;
+        known[which] = tokens_.counted[which] = true;
+      } else if (record.kind == Kind::run_model) {
+        run_begin = record.begin;
+        run_end = record.end;
+      } else if (record.kind == Kind::token) {
+        finish(token, record, run_begin, run_end);
+        token.session = number;
+        token.decoded = token.decoded && !first;
+        tokens_.all.push_back(std::exchange(token, Token()));
+        first = false;
+      } else if (const std::optional<Part> part = part_of(record.kind)) {
+        token.seconds[static_cast<size_t>(*part)] += span(record.begin, record.end);
+      }
+    }
+  }
+
+  // A prompt of one token is a decode pass like any other, but nothing was generated before it: see session().
+  void finish(Token& token, const Record& record, uint64_t run_begin, uint64_t run_end) {
+    token.begin = trace_.seconds(record.begin);
+    token.end = trace_.seconds(record.end);
+    token.prompt_tokens = record.bytes;
+    token.context = record.value;
+    token.decoded = record.bytes <= 1;
+    double in_passes = 0;
+    // Passes of all sessions, in order; a pass belongs to the token whose run_model it lies in.
+    const auto starts_before = [](const Pass& pass, uint64_t at) { return pass.begin < at; };
+    for (auto pass = std::lower_bound(passes_.begin(), passes_.end(), run_begin, starts_before);
+         pass != passes_.end() && pass->begin < run_end; ++pass) {
+      if (pass->end > run_end) continue;
+      const double total = span(pass->begin, pass->end);
+      double named = 0;
+      for (size_t part = 0; part < kParts; ++part) {
+        const double seconds = static_cast<double>(pass->ticks[part]) * trace_.scale.ns_per_tick() * 1e-9;
+        token.seconds[part] += seconds;
+        if (part != static_cast<size_t>(Part::turn_wait)) named += seconds;   // before the pass
+        else in_passes += seconds;
+      }
+      token.seconds[static_cast<size_t>(Part::pass_gap)] += std::max(0.0, total - named);
+      in_passes += total;
+    }
+    double outside = 0;
+    for (const Part part : {Part::sampling, Part::detokenize, Part::callback, Part::evidence}) outside += token[part];
+    token.seconds[static_cast<size_t>(Part::gap)] = std::max(0.0, token.total() - in_passes - outside);
+  }
+
+  // Readings of the machine come ten times a second: each token gets the growth between the readings around its end.
+  void machine() {
+    for (const TraceTrack& track : trace_.tracks) {
+      if (track.name != "machine") continue;
+      for (size_t which = 0; which < static_cast<size_t>(Counter::count); ++which) spread(track, which);
+    }
+  }
+
+  void spread(const TraceTrack& track, size_t which) {
+    double previous = 0, growth = 0, until = 0;
+    bool known = false;
+    size_t token = 0;
+    for (const Record& record : track.records) {
+      if (record.kind != Kind::counter || record.layer != which) continue;
+      const double at = trace_.seconds(record.begin);
+      const auto value = static_cast<double>(record.value);
+      if (known) growth = value - previous;
+      until = at;
+      for (; token < tokens_.all.size() && tokens_.all[token].end <= until; ++token) {
+        tokens_.all[token].counters[which] = growth;
+      }
+      previous = value;
+      known = tokens_.counted[which] = true;
+    }
+    for (; known && token < tokens_.all.size(); ++token) tokens_.all[token].counters[which] = growth;
+  }
+
+  double span(uint64_t begin, uint64_t end) const {
+    return static_cast<double>(end - begin) * trace_.scale.ns_per_tick() * 1e-9;
+  }
+
+  const Trace& trace_;
+  std::vector<Pass> passes_;
+  Tokens tokens_;
+};
+
+}  // namespace
+
+const char* name_of(Part part) { return kPartNames[static_cast<size_t>(part)]; }
+
+double Token::accounted() const {
+  const double length = total();
+  if (length <= 0) return 1;
+  double named = 0;
+  for (size_t part = 0; part < kParts; ++part) named += seconds[part];
+  named -= (*this)[Part::pass_gap] + (*this)[Part::gap];
+  return 1 - std::abs(length - named) / length;
+}
+
+Result<Tokens> tokens_of(const Trace& trace) { return Joiner(trace).join(); }
+
+}  // namespace sluice::trace

@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trace/trace_file.hpp"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <ctime>
+#include <utility>
+
+#include <fmt/format.h>
+#include <xxhash.h>
+
+namespace sluice::trace {
+namespace {
+
+constexpr char kMagic[8] = {'S', 'L', 'T', 'R', 'A', 'C', 'E', '\n'};
+constexpr uint64_t kHeaderBytes = 64;
+constexpr uint64_t kChunkHeaderBytes = 16;
+constexpr uint32_t kMostTracks = 4096;       // more is damage: a model has three and one a session
+constexpr uint32_t kMostNameBytes = 256;
+// Of one chunk; a collector that fell behind writes several.
+constexpr uint64_t kMostPayloadBytes = 64ull << 20;
+
+constexpr uint32_t tag_of(const char (&text)[5]) {
+  return static_cast<uint32_t>(text[0]) | static_cast<uint32_t>(text[1]) << 8 | static_cast<uint32_t>(text[2]) << 16 |
+         static_cast<uint32_t>(text[3]) << 24;
+}
+constexpr uint32_t kNote = tag_of("NOTE"), kTrack = tag_of("TRAK"), kRecords = tag_of("RECS"), kClock = tag_of("CLKS"),
+                   kEnd = tag_of("ENDS");
+
+struct FileHeader {
+  char magic[8] = {};
+  uint32_t version = kFormatVersion;
+  uint32_t header_bytes = kHeaderBytes;
+  uint64_t ticks = 0;
+  uint64_t steady_ns = 0;
+  uint64_t unix_ns = 0;
+  uint64_t error_ns = 0;
+  uint64_t zero = 0;
+  uint64_t sum = 0;
+};
+static_assert(sizeof(FileHeader) == kHeaderBytes);
+
+uint64_t sum_of(const FileHeader& header) { return XXH3_64bits(&header, offsetof(FileHeader, sum)); }
+
+uint64_t sum_of(uint32_t tag, std::span<const std::byte> payload) {
+  const uint64_t seed = uint64_t{tag} | static_cast<uint64_t>(payload.size()) << 32;
+  return XXH3_64bits_withSeed(payload.data(), payload.size(), seed);
+}
+
+template <class T>
+void append(std::vector<std::byte>& out, const T& value) {
+  const auto bytes = std::as_bytes(std::span(&value, 1));
+  out.insert(out.end(), bytes.begin(), bytes.end());
+}
+
+// Reads values off the front of a payload; the caller has compared sizes.
+class Cursor {
+ public:
+  explicit Cursor(std::span<const std::byte> bytes) : bytes_(bytes) {}
+  template <class T>
+  T take() {
+    T value;
+    std::memcpy(&value, bytes_.data(), sizeof value);
+    bytes_ = bytes_.subspan(sizeof value);
+    return value;
+  }
+  std::span<const std::byte> rest() const { return bytes_; }
+
+ private:
+  std::span<const std::byte> bytes_;
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------- writing
+
+Result<TraceFileWriter> TraceFileWriter::create(const std::string& path, const ClockPair& started,
+                                                const std::string& note_json) {
+  UniqueFd fd(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+  if (!fd) {
+    const int code = errno;
+    return fail(code == ENOENT ? ErrorCode::not_found : ErrorCode::io,
+                fmt::format("{}: cannot write the trace there: {}", path, std::strerror(code)), code);
+  }
+  TraceFileWriter writer(path, std::move(fd));
+  timespec wall = {};
+  ::clock_gettime(CLOCK_REALTIME, &wall);
+  const uint64_t since = steady_ns() - started.steady_ns;
+  FileHeader header;
+  std::memcpy(header.magic, kMagic, sizeof kMagic);
+  header.ticks = started.ticks;
+  header.steady_ns = started.steady_ns;
+  header.unix_ns = static_cast<uint64_t>(wall.tv_sec) * 1'000'000'000u + static_cast<uint64_t>(wall.tv_nsec) - since;
+  header.error_ns = started.error_ns;
+  header.sum = sum_of(header);
+  SLUICE_TRY(writer.write(std::as_bytes(std::span(&header, 1))));
+  const auto text = std::as_bytes(std::span(note_json));
+  writer.payload_.assign(text.begin(), text.end());
+  writer.payload_.resize((text.size() + 7) / 8 * 8, std::byte{' '});
+  SLUICE_TRY(writer.write_chunk(kNote));
+  return writer;
+}
+
+Status TraceFileWriter::write(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t written = ::write(fd_.get(), bytes.data(), bytes.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) {
+      const int code = errno;
+      return fail(ErrorCode::io, fmt::format("{}: cannot write the trace: {}; what was written so far can be read",
+                                             path_, std::strerror(code)), code);
+    }
+    bytes = bytes.subspan(static_cast<size_t>(written));
+  }
+  return {};
+}
+
+Status TraceFileWriter::write_chunk(uint32_t tag) {
+  struct {
+    uint32_t tag, bytes;
+    uint64_t sum;
+  } header = {tag, static_cast<uint32_t>(payload_.size()), sum_of(tag, payload_)};
+  static_assert(sizeof header == kChunkHeaderBytes);
+  Status status = write(std::as_bytes(std::span(&header, 1)));
+  if (status) status = write(payload_);
+  payload_.clear();
+  return status;
+}
+
+Status TraceFileWriter::add_track(uint32_t number, const std::string& name) {
+  append(payload_, number);
+  append(payload_, static_cast<uint32_t>(name.size()));
+  const auto text = std::as_bytes(std::span(name));
+  payload_.insert(payload_.end(), text.begin(), text.end());
+  payload_.resize((payload_.size() + 7) / 8 * 8);
+  return write_chunk(kTrack);
+}
+
+Status TraceFileWriter::add_records(uint32_t track, std::span<const Record> records, uint64_t dropped) {
+  append(payload_, track);
+  append(payload_, static_cast<uint32_t>(records.size()));
+  append(payload_, dropped);
+  const auto bytes = std::as_bytes(records);
+  payload_.insert(payload_.end(), bytes.begin(), bytes.end());
+  return write_chunk(kRecords);
+}
+
+Status TraceFileWriter::add_clock(const ClockPair& pair) {
+  append(payload_, pair);
+  return write_chunk(kClock);
+}
+
+Status TraceFileWriter::finish(uint64_t records, uint64_t dropped) {
+  append(payload_, records);
+  append(payload_, dropped);
+  SLUICE_TRY(write_chunk(kEnd));
+  fd_.reset();
+  return {};
+}
+
+// ---------------------------------------------------------------------------------------------------------- reading
+
+namespace {
+
+class Parser {
+ public:
+  Parser(std::span<const std::byte> bytes, const std::string& path) : bytes_(bytes) { trace_.path = path; }
+
+  Result<Trace> parse() {
+    SLUICE_TRY(header());
+    uint64_t at = kHeaderBytes;
+    while (bytes_.size() - at >= kChunkHeaderBytes && !trace_.complete) {
+      Cursor cursor(bytes_.subspan(at, kChunkHeaderBytes));
+      const auto tag = cursor.take<uint32_t>();
+      const auto size = cursor.take<uint32_t>();
+      const auto sum = cursor.take<uint64_t>();
+      if (size % 8 != 0 || size > kMostPayloadBytes) return damaged(at, fmt::format("a chunk of {} bytes", size));
+      if (size > bytes_.size() - at - kChunkHeaderBytes) break;  // cut off while it was written
+      const auto payload = bytes_.subspan(at + kChunkHeaderBytes, size);
+      if (sum_of(tag, payload) != sum) return damaged(at, "a chunk whose checksum differs");
+      SLUICE_TRY(chunk(tag, payload, at));
+      at += kChunkHeaderBytes + size;
+    }
+    if (trace_.complete && at != bytes_.size()) return damaged(at, "bytes behind the end");
+    for (const TraceTrack& track : trace_.tracks) trace_.dropped += track.dropped;
+    trace_.scale = TickScale(trace_.started, later_);
+    return std::move(trace_);
+  }
+
+ private:
+  Unexpected damaged(uint64_t at, const std::string& found) const {
+    return fail(ErrorCode::corrupt, fmt::format("{}: at offset {} is {}; the trace is damaged, record it again",
+                                                trace_.path, at, found));
+  }
+
+  Status header() {
+    if (bytes_.size() < kHeaderBytes || std::memcmp(bytes_.data(), kMagic, sizeof kMagic) != 0) {
+      return fail(ErrorCode::corrupt, fmt::format("{} is not a trace; make one with `sluice run --trace FILE`", trace_.path));
+    }
+    FileHeader header;
+    std::memcpy(&header, bytes_.data(), sizeof header);
+    if (header.sum != sum_of(header)) return damaged(0, "a header whose checksum differs");
+    if (header.version != kFormatVersion) {
+      return fail(ErrorCode::unsupported, fmt::format("{} is a trace of format version {}, this is Sluice for version {}; "
+                                                      "read it with the Sluice that wrote it", trace_.path, header.version,
+                                                      kFormatVersion));
+    }
+    if (header.header_bytes != kHeaderBytes) return damaged(12, fmt::format("a header of {} bytes", header.header_bytes));
+    trace_.started = {.ticks = header.ticks, .steady_ns = header.steady_ns, .error_ns = header.error_ns};
+    trace_.started_unix_ns = header.unix_ns;
+    return {};
+  }
+
+  Status chunk(uint32_t tag, std::span<const std::byte> payload, uint64_t at) {
+    if (tag == kNote) {
+      trace_.note.assign(reinterpret_cast<const char*>(payload.data()), payload.size());
+      return {};
+    }
+    if (tag == kTrack) return track(payload, at);
+    if (tag == kRecords) return records(payload, at);
+    if (tag == kClock) return clock(payload, at);
+    if (tag == kEnd) return end(payload, at);
+    return {};
+  }
+
+  Status track(std::span<const std::byte> payload, uint64_t at) {
+    if (payload.size() < 8) return damaged(at, "a track without a name");
+    Cursor cursor(payload);
+    const auto number = cursor.take<uint32_t>();
+    const auto length = cursor.take<uint32_t>();
+    if (number != trace_.tracks.size() || number >= kMostTracks) return damaged(at, fmt::format("track {} out of order", number));
+    if (length > kMostNameBytes || length > cursor.rest().size()) return damaged(at, fmt::format("a name of {} bytes", length));
+    trace_.tracks.push_back({.name = std::string(reinterpret_cast<const char*>(cursor.rest().data()), length)});
+    return {};
+  }
+
+  Status records(std::span<const std::byte> payload, uint64_t at) {
+    if (payload.size() < 16) return damaged(at, "records without their count");
+    Cursor cursor(payload);
+    const auto number = cursor.take<uint32_t>();
+    const auto count = cursor.take<uint32_t>();
+    const auto dropped = cursor.take<uint64_t>();
+    if (number >= trace_.tracks.size()) return damaged(at, fmt::format("records of track {}, which is not there", number));
+    if (cursor.rest().size() != uint64_t{count} * sizeof(Record)) {
+      return damaged(at, fmt::format("{} records in {} bytes", count, cursor.rest().size()));
+    }
+    TraceTrack& track = trace_.tracks[number];
+    if (dropped < track.dropped) return damaged(at, "a count of dropped records that falls");
+    track.dropped = dropped;
+    const size_t before = track.records.size();
+    track.records.resize(before + count);
+    if (count > 0) std::memcpy(track.records.data() + before, cursor.rest().data(), cursor.rest().size());
+    for (size_t i = before; i < track.records.size(); ++i) {
+      const Record& record = track.records[i];
+      if (record.end < record.begin) return damaged(at, fmt::format("a span that ends before it begins (record {})", i - before));
+    }
+    trace_.records += count;
+    return {};
+  }
+
+  Status clock(std::span<const std::byte> payload, uint64_t at) {
+    if (payload.size() != sizeof(ClockPair)) return damaged(at, "a clock reading of another size");
+    later_ = Cursor(payload).take<ClockPair>();
+    if (later_.ticks < trace_.started.ticks || later_.steady_ns < trace_.started.steady_ns) {
+      return damaged(at, "a clock that runs backwards");
+    }
+    return {};
+  }
+
+  Status end(std::span<const std::byte> payload, uint64_t at) {
+    if (payload.size() != 16) return damaged(at, "an end of another size");
+    Cursor cursor(payload);
+    const auto records = cursor.take<uint64_t>();
+    const auto dropped = cursor.take<uint64_t>();
+    uint64_t seen = 0;
+    for (const TraceTrack& track : trace_.tracks) seen += track.dropped;
+    if (records != trace_.records || dropped != seen) {
+      return damaged(at, fmt::format("an end that counts {} records where {} are", records, trace_.records));
+    }
+    trace_.complete = true;
+    return {};
+  }
+
+  std::span<const std::byte> bytes_;
+  Trace trace_;
+  ClockPair later_;
+};
+
+}  // namespace
+
+Result<Trace> parse_trace(std::span<const std::byte> bytes, const std::string& path) { return Parser(bytes, path).parse(); }
+
+Result<Trace> read_trace(const std::string& path) {
+  SLUICE_TRY_ASSIGN(fd, open_file(path, O_RDONLY | O_CLOEXEC));
+  struct stat info = {};
+  if (::fstat(fd.get(), &info) != 0) {
+    const int code = errno;
+    return fail(ErrorCode::io, fmt::format("{}: cannot read it: {}", path, std::strerror(code)), code);
+  }
+  if (!S_ISREG(info.st_mode)) return fail(ErrorCode::io, fmt::format("{} is not a regular file; give a trace", path));
+  std::vector<std::byte> bytes(static_cast<size_t>(info.st_size));
+  SLUICE_TRY(read_exactly(fd.get(), bytes, 0, path));
+  return parse_trace(bytes, path);
+}
+
+}  // namespace sluice::trace

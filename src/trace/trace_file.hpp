@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// The .sltrace file, format version 1. Everything is little-endian.
+//
+//   offset 0   header, 64 bytes: magic "SLTRACE\n", u32 version, u32 header bytes, u64 ticks, u64 steady ns, u64 unix ns
+//              (one moment on three clocks), u64 error ns of that reading, u64 zero, u64 xxh3-64 of the bytes before it
+//         64   chunks: u32 tag, u32 payload bytes (a multiple of 8), u64 xxh3-64 of the payload with the first eight bytes
+//              as seed, payload
+//
+//   tag     payload
+//   NOTE    JSON text, spaces at its end: what was run, on what. Once, first
+//   TRAK    u32 number, u32 name bytes, name, zero padding. Before the track's first RECS
+//   RECS    u32 track, u32 records, u64 dropped (of this track so far), records of 32 bytes (record.hpp)
+//   CLKS    u64 ticks, u64 steady ns, u64 error ns: a later moment; the last one gives the ticks their rate
+//   ENDS    u64 records, u64 dropped, of all tracks. Last; a file without it was not finished (the process was killed)
+//
+// Chunks with other tags are skipped. A file may end anywhere behind its header: whole chunks count, and complete says no.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/handles.hpp"
+#include "sluice/result.hpp"
+#include "trace/clock.hpp"
+#include "trace/record.hpp"
+
+namespace sluice::trace {
+
+inline constexpr uint32_t kFormatVersion = 1;
+
+// Writes a file chunk by chunk. After an error every later call returns the same one.
+class TraceFileWriter {
+ public:
+  // Errors: not_found (the folder), io.
+  static Result<TraceFileWriter> create(const std::string& path, const ClockPair& started, const std::string& note_json);
+
+  Status add_track(uint32_t number, const std::string& name);
+  Status add_records(uint32_t track, std::span<const Record> records, uint64_t dropped);
+  Status add_clock(const ClockPair& pair);
+  // Writes ENDS and closes. Error: io.
+  Status finish(uint64_t records, uint64_t dropped);
+
+ private:
+  TraceFileWriter(std::string path, UniqueFd fd) : path_(std::move(path)), fd_(std::move(fd)) {}
+  Status write(std::span<const std::byte> bytes);
+  Status write_chunk(uint32_t tag);   // of payload_, which it empties
+
+  std::string path_;
+  UniqueFd fd_;
+  std::vector<std::byte> payload_;
+};
+
+struct TraceTrack {
+  std::string name;
+  std::vector<Record> records;   // in the order written; end >= begin
+  uint64_t dropped = 0;
+};
+
+// A trace in memory.
+struct Trace {
+  std::string path;
+  std::string note;              // JSON
+  std::vector<TraceTrack> tracks;
+  TickScale scale;
+  ClockPair started;
+  uint64_t started_unix_ns = 0;
+  uint64_t records = 0, dropped = 0;
+  bool complete = false;         // false: the run ended before the file was finished
+
+  // Seconds since the trace began.
+  double seconds(uint64_t at_ticks) const { return (scale.steady_ns(at_ticks) - static_cast<double>(started.steady_ns)) * 1e-9; }
+};
+
+// Reads and checks a whole file. Errors: not_found, io, corrupt (the offset and what was expected), unsupported (a later
+// version).
+Result<Trace> read_trace(const std::string& path);
+// The same of bytes in memory; `path` is for messages.
+Result<Trace> parse_trace(std::span<const std::byte> bytes, const std::string& path);
+
+}  // namespace sluice::trace

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`run --trace` and `trace`: what is recorded is what is shown, on every way of reading, and bad input has one sentence."""
+import os
+import unittest
+
+import sluice_process as sp
+from sluice_process import CliTest
+
+FIXED = ["-n", 24, "--ignore-eos", "--temp", 1, "--seed", 5, "--context", 64, "-q"]
+
+
+class Trace(CliTest):
+    def record(self, name, *args):
+        path = os.path.join(sp.SCRATCH, name)
+        done = self.succeeds("run", sp.talking(), "-p", "Hello", *FIXED, "--trace", path, *args)
+        return path, done
+
+    def test_every_tier_and_way_of_reading_is_accounted_for(self):
+        smallest = sp.smallest_budget(sp.talking(), "--context", "64")
+        for io in ("auto", "pread", "mmap"):
+            for memory in ([], ["--device-memory", smallest], ["--device-memory", smallest, "--host-memory", "1G"]):
+                with self.subTest(io=io, memory=memory):
+                    path, _ = self.record("tiers.sltrace", "--io", io, *memory)
+                    report = self.prints_json("trace", path, "--json")
+                    self.assertEqual(report["tokens"], 24)
+                    self.assertEqual(report["decoded_tokens"], 23)
+                    self.assertTrue(report["complete"])
+                    self.assertEqual(report["dropped"], 0)
+                    named = sum(s for part, s in report["parts"].items() if part not in ("gap", "pass_gap"))
+                    self.assertGreater(named, 0.95 * report["decode_seconds"])
+                    self.assertLess(named, 1.01 * report["decode_seconds"])
+
+    def test_tracing_changes_neither_text_nor_streams(self):
+        plain = self.succeeds("run", sp.talking(), "-p", "Hello", *FIXED)
+        _, traced = self.record("same.sltrace")
+        self.assertEqual(traced.stdout, plain.stdout)
+        self.assertEqual(traced.stderr, b"")
+
+    def test_run_says_at_its_end_what_trace_says_later(self):
+        path = os.path.join(sp.SCRATCH, "end.sltrace")
+        done = self.succeeds("run", sp.talking(), "-p", "Hello", *FIXED[:-1], "--trace", path)
+        summary = self.succeeds("trace", path).stdout.decode()
+        self.assertIn("ITL: p50", summary)
+        self.assertTrue(done.stderr.decode().endswith(summary), done.stderr.decode())
+
+    def test_bad_input_gets_one_sentence(self):
+        path, _ = self.record("good.sltrace")
+        self.refuses(sp.NOT_FOUND, "none.sltrace", "trace", os.path.join(sp.SCRATCH, "none.sltrace"))
+        self.refuses(sp.CORRUPT, "is not a trace", "trace", sp.talking())
+        self.refuses(sp.IO, sp.SCRATCH, "trace", sp.SCRATCH)
+        with open(path, "rb") as file:
+            data = bytearray(file.read())
+        data[len(data) // 2] ^= 1
+        damaged = os.path.join(sp.SCRATCH, "damaged.sltrace")
+        with open(damaged, "wb") as file:
+            file.write(data)
+        self.refuses(sp.CORRUPT, [damaged, "damaged, record it again"], "trace", damaged)
+
+    def test_a_folder_that_is_not_there_or_a_full_disk_is_said(self):
+        arguments = ["run", sp.talking(), "-p", "Hello", *FIXED, "--trace"]
+        self.refuses(sp.NOT_FOUND, "no-folder", *arguments, os.path.join(sp.SCRATCH, "no-folder", "t.sltrace"))
+        self.refuses(sp.IO, "cannot write the trace", *arguments, "/dev/full")
+
+    def test_a_killed_run_leaves_a_trace_that_can_be_read(self):
+        path, _ = self.record("whole.sltrace")
+        with open(path, "rb") as file:
+            data = file.read()
+        cut = os.path.join(sp.SCRATCH, "cut.sltrace")
+        with open(cut, "wb") as file:
+            file.write(data[:-40])
+        self.assertFalse(self.prints_json("trace", cut, "--json")["complete"])
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// The .sltrace file: what was written is what is read, and every kind of damage has its sentence.
+#include <functional>
+
+#include "base/check.hpp"
+#include "catch.hpp"
+#include "trace_maker.hpp"
+#include "trace/collector.hpp"
+#include "trace/tokens.hpp"
+
+using namespace sluice;
+using namespace sluice::test;
+using namespace sluice::trace;
+
+namespace {
+
+std::vector<std::byte> good_trace() {
+  const TempFolder folder;
+  return trace_bytes(folder.file("t.sltrace"), write_two_tokens);
+}
+
+// The message of parsing `bytes` after `change`, checksums put right again.
+Error error_after(const std::function<void(std::vector<uint8_t>&)>& change) {
+  const std::vector<std::byte> good = good_trace();
+  std::vector<uint8_t> bytes(good.size());
+  std::memcpy(bytes.data(), good.data(), good.size());
+  change(bytes);
+  reseal(bytes);
+  const auto trace = parse_trace(std::as_bytes(std::span(bytes)), "t.sltrace");
+  REQUIRE_FALSE(trace);
+  return trace.error();
+}
+
+// Offset of the first chunk with this tag.
+size_t chunk(const std::vector<uint8_t>& bytes, const char* tag) {
+  for (size_t at = 64; at + 16 <= bytes.size();) {
+    if (std::memcmp(bytes.data() + at, tag, 4) == 0) return at;
+    uint32_t size = 0;
+    std::memcpy(&size, bytes.data() + at + 4, 4);
+    at += 16 + size;
+  }
+  FAIL("no chunk " << tag);
+  return 0;
+}
+
+template <class T>
+void put(std::vector<uint8_t>& bytes, size_t at, T value) {
+  std::memcpy(bytes.data() + at, &value, sizeof value);
+}
+
+}  // namespace
+
+TEST_CASE("a trace is read as it was written") {
+  const auto trace = parse_trace(good_trace(), "t.sltrace");
+  REQUIRE(trace);
+  CHECK(trace->complete);
+  CHECK(trace->note.starts_with(R"({"command":"test"})"));
+  REQUIRE(trace->tracks.size() == 3);
+  CHECK(trace->tracks[1].name == "engine");
+  CHECK(trace->tracks[1].records.size() == 8);
+  CHECK(trace->records == 18);
+  CHECK(trace->scale.ns_per_tick() == Approx(1.0));
+  CHECK(trace->seconds(trace->tracks[2].records.back().end) == Approx(0.030));
+}
+
+TEST_CASE("tokens of a trace have every part, growth of counters, and their time accounted for") {
+  const auto trace = parse_trace(good_trace(), "t.sltrace");
+  REQUIRE(trace);
+  const auto tokens = tokens_of(*trace);
+  REQUIRE(tokens);
+  REQUIRE(tokens->all.size() == 2);
+  const Token& second = tokens->all[1];
+  CHECK_FALSE(tokens->all[0].decoded);
+  CHECK(second.decoded);
+  CHECK(second.total() == Approx(0.020));
+  CHECK(second[Part::disk_wait] == Approx(0.006));
+  CHECK(second[Part::matmul] == Approx(0.008));
+  CHECK(second[Part::sampling] == Approx(0.002));
+  CHECK(second.accounted() == Approx(1.0));
+  CHECK(second[Counter::major_faults] == Approx(30));
+  CHECK(tokens->counted[static_cast<size_t>(Counter::major_faults)]);
+  CHECK_FALSE(tokens->counted[static_cast<size_t>(Counter::psi_io_us)]);
+}
+
+TEST_CASE("a trace of a process that was killed counts up to its last whole chunk") {
+  std::vector<std::byte> bytes = good_trace();
+  for (const size_t cut : {size_t{1}, size_t{15}, size_t{33}, size_t{100}, bytes.size() - 64}) {
+    const auto trace = parse_trace(std::span(bytes).first(bytes.size() - cut), "t.sltrace");
+    REQUIRE(trace);
+    CHECK_FALSE(trace->complete);
+  }
+}
+
+TEST_CASE("each kind of damage to a trace is refused in one sentence with the offset") {
+  const auto names = [](const Error& error, const char* text) {
+    CHECK(error.code == ErrorCode::corrupt);
+    CHECK(error.message.find(text) != std::string::npos);
+    CHECK(error.message.starts_with("t.sltrace"));
+  };
+  names(error_after([](auto& b) { b.resize(10); }), "is not a trace");
+  names(error_after([](auto& b) { b[0] = 'X'; }), "is not a trace");
+  names(error_after([](auto& b) { put<uint32_t>(b, 12, 65); }), "header of 65 bytes");
+  names(error_after([](auto& b) { put<uint32_t>(b, 68, 7); }), "a chunk of 7 bytes");
+  names(error_after([](auto& b) { put<uint32_t>(b, 68, 0xfffffff8u); }), "a chunk of 4294967288 bytes");
+  names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "TRAK") + 16, 9); }), "track 9 out of order");
+  names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "TRAK") + 20, 60); }), "a name of 60 bytes");
+  names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "RECS") + 16, 3); }), "records of track 3");
+  names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "RECS") + 20, 5); }), "5 records in 256 bytes");
+  names(error_after([](auto& b) { put<uint64_t>(b, chunk(b, "RECS") + 32 + 8, 0); }), "ends before it begins");
+  names(error_after([](auto& b) { put<uint64_t>(b, chunk(b, "CLKS") + 16, 0); }), "runs backwards");
+  names(error_after([](auto& b) { put<uint64_t>(b, chunk(b, "ENDS") + 16, 99); }), "counts 99 records where 18 are");
+  names(error_after([](auto& b) { b.resize(b.size() + 8); }), "bytes behind the end");
+  names(error_after([](auto& b) { std::memcpy(&b[chunk(b, "TRAK")], "CLKS", 4); }), "clock reading of another size");
+  names(error_after([](auto& b) { std::memcpy(&b[chunk(b, "RECS")], "ENDS", 4); }), "end of another size");
+
+  std::vector<std::byte> flipped = good_trace();
+  flipped[flipped.size() - 20] ^= std::byte{1};
+  const auto trace = parse_trace(flipped, "t.sltrace");
+  REQUIRE_FALSE(trace);
+  names(trace.error(), "checksum differs");
+  flipped = good_trace();
+  flipped[20] ^= std::byte{1};
+  const auto header = parse_trace(flipped, "t.sltrace");
+  REQUIRE_FALSE(header);
+  names(header.error(), "header whose checksum differs");
+}
+
+TEST_CASE("a trace of a later format version is refused as that") {
+  const Error error = error_after([](auto& b) { put<uint32_t>(b, 8, 2); });
+  CHECK(error.code == ErrorCode::unsupported);
+  CHECK(error.message.find("format version 2") != std::string::npos);
+}
+
+TEST_CASE("a trace without a token, a missing file and a folder each have their error") {
+  const TempFolder folder;
+  const auto empty = trace_bytes(folder.file("e.sltrace"), [](TraceFileWriter&, uint64_t&) {});
+  const auto trace = parse_trace(empty, "e.sltrace");
+  REQUIRE(trace);
+  const auto tokens = tokens_of(*trace);
+  REQUIRE_FALSE(tokens);
+  CHECK(tokens.error().code == ErrorCode::unsupported);
+  CHECK(read_trace(folder.file("none.sltrace")).error().code == ErrorCode::not_found);
+  CHECK(read_trace(folder.file(".")).error().code == ErrorCode::io);
+  CHECK(TraceFileWriter::create(folder.file("no/such/folder.sltrace"), {}, "{}").error().code == ErrorCode::not_found);
+  CHECK(TraceFileWriter::create(folder.file("."), {}, "{}").error().code == ErrorCode::io);
+}
+
+TEST_CASE("a full disk ends the trace with an error and not the run") {
+  Recorder recorder;
+  Track& track = recorder.add_track("engine");
+  auto collector = Collector::start(recorder, "/dev/full", "{}");
+  // /dev/full takes the open and refuses every write: the first one is the header's.
+  REQUIRE_FALSE(collector);
+  CHECK(collector.error().code == ErrorCode::io);
+  CHECK(collector.error().message.find("cannot write the trace") != std::string::npos);
+  CHECK_FALSE(recorder.collected());
+  track.record(Kind::norm, 1, 2);
+}
+
+TEST_CASE("the collector writes all that many tracks record, those that begin meanwhile included") {
+  const TempFolder folder;
+  const std::string path = folder.file("c.sltrace");
+  Recorder recorder;
+  Track& engine = recorder.add_track("engine");
+  engine.record(Kind::norm, 1, 2);   // before the trace: not in it
+  auto collector = Collector::start(recorder, path, R"({"command":"test"})");
+  REQUIRE(collector);
+  CHECK(recorder.collected());
+  constexpr uint64_t kRecords = 5000;
+  std::thread other([&] {
+    Track& session = recorder.add_track("session 0");
+    for (uint64_t i = 0; i < kRecords; ++i) session.record(Kind::sampling, i, i + 1, 0, 0, i);
+  });
+  for (uint64_t i = 0; i < kRecords; ++i) engine.record(Kind::matmul, i, i + 1, 0, 0, i);
+  std::this_thread::sleep_for(std::chrono::milliseconds(60));
+  other.join();
+  const auto totals = (*collector)->stop();
+  REQUIRE(totals);
+  CHECK(totals->dropped == 0);
+  CHECK_FALSE(recorder.collected());
+  const auto trace = read_trace(path);
+  REQUIRE(trace);
+  CHECK(trace->complete);
+  CHECK(trace->records == totals->records);
+  for (const TraceTrack& track : trace->tracks) {
+    if (track.name == "machine") {
+      CHECK_FALSE(track.records.empty());
+      continue;
+    }
+    REQUIRE(track.records.size() == kRecords);
+    for (uint64_t i = 0; i < kRecords; ++i) REQUIRE(track.records[i].value == i);
+  }
+}
