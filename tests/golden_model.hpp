@@ -86,14 +86,16 @@ inline void import_golden(const std::string& model, const std::string& output, W
 inline const std::string& backend_under_test() {
   static const std::string name = [] {
     const char* chosen = std::getenv("SLUICE_TEST_BACKEND");
-    if (chosen == nullptr || std::strcmp(chosen, "cuda") != 0) return std::string("cpu");
-    const Result<std::unique_ptr<backend::Backend>> cuda = backend::make_cuda_backend({});
-    if (!cuda && cuda.error().code == ErrorCode::not_found) {
-      std::printf("skipped: %s\n", cuda.error().message.c_str());
+    const std::string backend = chosen == nullptr ? "cpu" : chosen;
+    REQUIRE((backend == "cpu" || backend == "cuda" || backend == "vulkan"));
+    if (backend == "cpu") return backend;
+    const auto made = backend == "cuda" ? backend::make_cuda_backend({}) : backend::make_vulkan_backend({});
+    if (!made && made.error().code == ErrorCode::not_found) {
+      std::printf("skipped: %s\n", made.error().message.c_str());
       std::fflush(stdout);
       std::_Exit(77);
     }
-    return std::string("cuda");
+    return backend;
   }();
   return name;
 }
@@ -101,7 +103,7 @@ inline ModelOptions under_test(ModelOptions options) {
   if (options.backend == "auto") options.backend = backend_under_test();
   return options;
 }
-inline bool on_gpu() { return backend_under_test() == "cuda"; }
+inline bool on_gpu() { return backend_under_test() != "cpu"; }
 
 inline Model open_or_fail(const std::string& path, ModelOptions options) {
   Result<Model> model = Model::open(path, under_test(std::move(options)));

@@ -25,6 +25,7 @@ struct DeviceAddress {
   uint64_t offset = 0;
 
   DeviceAddress operator+(uint64_t bytes) const { return {buffer, offset + bytes}; }
+  bool operator==(const DeviceAddress&) const = default;
 };
 
 // One weight tensor where the kernels find it in this pass. Shapes as in the container: rows N, cols K.
@@ -43,6 +44,8 @@ struct Weight {
   bool has_zeros = false;
   bool has_bias = false;
   bool has_perm = false;              // only where the backend gathers_inputs()
+
+  bool operator==(const Weight&) const = default;
 };
 
 // The activations of a pass, all [rows of the pass][width] row-major FP32 as far as the executor is concerned (a GPU may
@@ -73,6 +76,7 @@ struct Op {
   // Resident FP32 vectors: norm weights, or biases of weights[i]; `has_vector` says which exist.
   DeviceAddress vectors[kMaxWeights];
   bool has_vector[kMaxWeights] = {};
+  bool operator==(const Op&) const = default;
 };
 
 // One row of a pass: a token of some session.
@@ -198,5 +202,13 @@ struct CudaOptions {
 bool has_cuda_backend();   // in this build; whether a device works is another question
 // Errors: not_found (a build without CUDA, no driver, one too old, no device, no kernels for it), device.
 Result<std::unique_ptr<Backend>> make_cuda_backend(const CudaOptions& options);
+
+struct VulkanOptions {
+  bool software = true;               // a driver that computes on the CPU (lavapipe) will do where there is no GPU
+  LogHook log;
+};
+bool has_vulkan_backend();   // in this build
+// Errors: not_found (a build without Vulkan, no loader, no driver, no device, or what each lacks), out_of_memory, device.
+Result<std::unique_ptr<Backend>> make_vulkan_backend(const VulkanOptions& options);
 
 }  // namespace sluice::backend

@@ -109,7 +109,7 @@ void add_model_flags(CLI::App& verb, ModelOptions& options) {
                      [&options](Verify verify) { options.verify = verify; },
                      "Checksums of a mapping (--io mmap) at opening (default open); what is read is always checked")
       ->group("Machine");
-  add_choice<std::string>(verb, "--backend", {{"auto", "auto"}, {"cuda", "cuda"}, {"cpu", "cpu"}},
+  add_choice<std::string>(verb, "--backend", {{"auto", "auto"}, {"cuda", "cuda"}, {"vulkan", "vulkan"}, {"cpu", "cpu"}},
                           [&options](const std::string& name) { options.backend = name; },
                           "What computes (default auto: a GPU where there is one, else the CPU)")
       ->group("Machine");
