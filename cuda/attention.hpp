@@ -75,9 +75,9 @@ struct Attention {
   bool programmatic = false;           // as above; decode only
 };
 
-// A bound for `positions` (1..context) that changes seldom as they grow: twice as many splits each time, and `context` once
-// a larger bound would make no larger grid. So a graph serves from some bound to the next, and short contexts launch few
-// blocks: of the 32 splits of 64 heads on 8, 31 would return at once while a sequence is short.
+// A bound for `positions` (1..context) that changes seldom as they grow: twice as many splits each time, and
+// `context` once a larger bound would make no larger grid. So a graph serves from some bound to the next, and short
+// contexts launch few blocks: of the 32 splits of 64 heads on 8, 31 would return at once while a sequence is short.
 uint32_t attention_bound(uint32_t heads, uint32_t kv_heads, uint32_t positions, uint32_t context);
 
 // Workspace of decode attention for up to `context` positions; it does not grow with the rows of a pass.

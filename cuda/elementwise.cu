@@ -236,7 +236,8 @@ __global__ void finish_pass_kernel(FinishPass a) {
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < a.stamp_count; i += kBlock) a.host_stamps[i] = a.stamps[i];
   }
-  const uint64_t quads = a.logit_count / 4, first = uint64_t{blockIdx.x} * kBlock * (kLogitsPerThread / 4) + threadIdx.x;
+  const uint64_t quads = a.logit_count / 4;
+  const uint64_t first = uint64_t{blockIdx.x} * kBlock * (kLogitsPerThread / 4) + threadIdx.x;
 #pragma unroll
   for (uint32_t k = 0; k < kLogitsPerThread / 4; ++k) {
     const uint64_t i = first + k * kBlock;

@@ -105,7 +105,8 @@ struct FinishPass {
 };
 cudaError_t launch_finish_pass(const FinishPass& args, cudaStream_t stream);
 
-// Writes the time into stamp->begin_ns or, with `end`, stamp->end_ns: around products whose weights had to be waited for.
+// Writes the time into stamp->begin_ns or, with `end`, stamp->end_ns: around products whose weights had to be waited
+// for.
 cudaError_t launch_stamp(Stamp* stamp, bool end, cudaStream_t stream);
 
 // Success if this library holds kernels that the current device can run; else cudaErrorNoKernelImageForDevice or its like.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// When a kernel began and ended, on the GPU's own clock, written by the kernel: events between kernels would keep the next
-// one from starting early, and a pass is several hundred kernels of a few microseconds.
+// When a kernel began and ended, on the GPU's own clock, written by the kernel: events between kernels would keep the
+// next one from starting early, and a pass is several hundred kernels of a few microseconds.
 //
-// One thread of the grid writes the beginning, behind the wait for the kernel in front: what that one did is complete then.
-// The threads that finish the grid's blocks write the end, of which the latest stays (the clock only ever rises, so nothing
-// needs clearing). Both are stores that nobody waits for.
+// One thread of the grid writes the beginning, behind the wait for the kernel in front: what that one did is complete
+// then. The threads that finish the grid's blocks write the end, of which the latest stays (the clock only ever
+// rises, so nothing needs clearing). Both are stores that nobody waits for.
 #pragma once
 
 #include "cuda/stamps.hpp"

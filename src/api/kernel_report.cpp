@@ -80,7 +80,8 @@ Result<KernelReport> bench_kernels(const std::string& path, std::span<const uint
   using backend::cuda::BenchShape;
   using backend::cuda::KernelBench;
   if (rows.empty() || std::any_of(rows.begin(), rows.end(), [](uint32_t m) { return m == 0 || m > api::kMostRows; })) {
-    return fail(ErrorCode::usage, fmt::format("rows to measure with: at least one number, each 1 to {}", api::kMostRows));
+    return fail(ErrorCode::usage,
+                fmt::format("rows to measure with: at least one number, each 1 to {}", api::kMostRows));
   }
   SLUICE_TRY_ASSIGN(container, storage::Container::open(path));
   const std::vector<api::KernelShape> shapes = api::kernel_shapes(container.manifest());

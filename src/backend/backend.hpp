@@ -172,10 +172,12 @@ class Backend {
   // `embeddings`: FP32 [rows.size()][hidden], copied into Slot::residual.
   virtual Status begin_pass(std::span<const Row> rows, std::span<const float> embeddings) = 0;
   virtual Status run(const Op& op) = 0;
+  // Hands what was run so far to the device, which a backend may put off. Before the caller waits for something else.
+  virtual Status submit() { return {}; }
   // Waits for the compute queue and copies the logits, FP32 [wanted rows][vocab], to `logits` (empty: none wanted).
   virtual Status finish_pass(std::span<float> logits) = 0;
-  // Of the last finished pass, one for each `run`, in their order; valid until the next begin_pass. Empty where `run` itself
-  // computes (the CPU), and the caller's clock tells.
+  // Of the last finished pass, one for each `run`, in their order; valid until the next begin_pass. Empty where `run`
+  // itself computes (the CPU), and the caller's clock tells.
   virtual std::span<const OpTime> op_times() const { return {}; }
 
   // KV cache of a session slot, between passes. `save_kv`/`load_kv`: positions 0..tokens-1 of all layers as opaque bytes,

@@ -9,8 +9,8 @@ namespace sluice {
 
 inline float float_from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
-// Without branches, so that loops of it become vectors. 2^112 moves the exponent's bias and makes subnormals normal; what
-// has the largest exponent gets it back.
+// Without branches, so that loops of it become vectors. 2^112 moves the exponent's bias and makes subnormals normal;
+// what has the largest exponent gets it back.
 inline float float_from_half(uint16_t bits) {
   const float magnitude = std::bit_cast<float>((bits & 0x7fffu) << 13) * 0x1p112f;
   const uint32_t not_finite = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;

@@ -15,8 +15,8 @@ double flops_of(const KernelTime& time) { return 2.0 * time.outputs * time.input
 
 std::string line_of(const KernelTime& time, double ceiling) {
   std::string line = fmt::format("{:<10} {:<12} {:>6} x {:<6} {:>4} {:>9.2f} {:>6.2f} {:>6.1f}% {:>8.1f}", time.name,
-                                 time.scheme, time.outputs, time.inputs, time.rows, time.seconds * 1e6, rate_of(time) * 1e-12,
-                                 100 * rate_of(time) / ceiling, flops_of(time) * 1e-12);
+                                 time.scheme, time.outputs, time.inputs, time.rows, time.seconds * 1e6,
+                                 rate_of(time) * 1e-12, 100 * rate_of(time) / ceiling, flops_of(time) * 1e-12);
   if (time.cublas_seconds > 0) {
     line += fmt::format(" {:>9.2f} {:>6.2f}x", time.cublas_seconds * 1e6, time.cublas_seconds / time.seconds);
   }
@@ -43,9 +43,10 @@ Result<int> bench_kernel_table(const std::string& path, const std::vector<uint32
     if (json || !written) return;
     std::string text;
     if (report.times.size() == 1) {
-      text = fmt::format("{}, memory read {}; cuBLAS FP16: {}\n", report.device, rate_text(report.read_before), report.cublas);
-      text += fmt::format("{:<10} {:<12} {:>6} x {:<6} {:>4} {:>9} {:>6} {:>7} {:>8} {:>9} {:>7}\n", "matrices", "weights",
-                          "N", "K", "rows", "us", "TB/s", "ceiling", "TFLOP/s", "cuBLAS us", "speedup");
+      text = fmt::format("{}, memory read {}; cuBLAS FP16: {}\n", report.device, rate_text(report.read_before),
+                         report.cublas);
+      text += fmt::format("{:<10} {:<12} {:>6} x {:<6} {:>4} {:>9} {:>6} {:>7} {:>8} {:>9} {:>7}\n", "matrices",
+                          "weights", "N", "K", "rows", "us", "TB/s", "ceiling", "TFLOP/s", "cuBLAS us", "speedup");
     }
     written = print(text + line_of(report.times.back(), report.read_before));
   };

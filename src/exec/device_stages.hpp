@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the time of a pass went, on a device that works through its queue by itself: there the executor's clock only tells
-// how long submitting took.
+// Where the time of a pass went, on a device that works through its queue by itself: there the executor's clock only
+// tells how long submitting took.
 #pragma once
 
 #include <array>
@@ -21,9 +21,9 @@ struct StageTimes {
   uint64_t total() const;
 };
 
-// The times of a pass that took the executor `wall_ns` from the first operation to the end, divided by what the device says
-// of its operations: `ops`, one per step that ran, in order. What they leave (the first kernel's start, fetching the logits)
-// goes to lm_head, or in a pass without logits to embed.
+// The times of a pass that took the executor `wall_ns` from the first operation to the end, divided by what the
+// device says of its operations: `ops`, one per step that ran, in order. What they leave (the first kernel's start,
+// fetching the logits) goes to lm_head, or in a pass without logits to embed.
 StageTimes device_stages(std::span<const Step> program, const plan::Plan& plan, bool wants_logits,
                          std::span<const backend::OpTime> ops, uint64_t wall_ns);
 

@@ -14,7 +14,8 @@
 
 namespace sluice::exec {
 
-// Memory that recently used rows may take. A row costs the drive's latency (0.1 ms), of a token that a GPU decodes in 2 ms.
+// Memory that recently used rows may take. A row costs the drive's latency (0.1 ms), of a token that a GPU decodes in
+// 2 ms.
 inline constexpr uint64_t kRowCacheBytes = 32ull << 20;
 
 // Rows that were read and checked, as the file holds them, at the place that the id's remainder says. Tokenizers number

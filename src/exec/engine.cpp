@@ -177,6 +177,7 @@ Status Engine::run_step(const Step& step, bool wants_logits, trace::Chain& chain
 // Waits for the step's item. What that takes is a wait only if there was one to be made.
 Status Engine::acquire(const Step& step, trace::Chain& chain, StageTimes& spent) {
   AcquireTimes waits;
+  SLUICE_TRY(backend_->submit());   // the device works on while the item is waited for
   SLUICE_TRY(weights_->prefetcher()->acquire(static_cast<uint32_t>(step.stream_item), waits));
   if (waits.disk_wait_ns == 0 && waits.copy_wait_ns == 0) return {};
   const Stage stage = waits.disk_wait_ns > 0 ? Stage::disk_wait : Stage::copy_wait;

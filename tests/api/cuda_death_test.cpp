@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A CUDA error that ends the context: everything of the model says so, nothing hangs, and a new process works. Exits with 77
-// where there is no GPU. A program of its own: the GPU is lost to this process.
+// A CUDA error that ends the context: everything of the model says so, nothing hangs, and a new process works. Exits
+// with 77 where there is no GPU. A program of its own: the GPU is lost to this process.
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>

@@ -39,7 +39,8 @@ class Bundle(CliTest):
         cls.binary = os.path.join(cls.folder, "bin", "sluice")
 
     def libraries(self, file):
-        done = subprocess.run(["ldd", file], stdout=subprocess.PIPE, text=True, env={"PATH": os.environ["PATH"]}, check=True)
+        done = subprocess.run(["ldd", file], stdout=subprocess.PIPE, text=True, env={"PATH": os.environ["PATH"]},
+                              check=True)
         for line in done.stdout.splitlines():
             name, _, path = line.strip().partition(" => ")
             yield name.split(" (")[0], path.split(" (")[0]
@@ -51,13 +52,15 @@ class Bundle(CliTest):
                 with self.subTest(file=os.path.basename(file), name=name):
                     self.assertNotIn("not found", path)
                     if not GLIBC.match(os.path.basename(name)):
-                        self.assertEqual(os.path.dirname(os.path.realpath(path)), os.path.realpath(f"{self.folder}/lib"))
+                        self.assertEqual(os.path.dirname(os.path.realpath(path)),
+                                         os.path.realpath(f"{self.folder}/lib"))
 
     def test_it_says_which_glibc_it_needs(self):
         self.assertRegex(self.done.stdout, r"needs glibc 2\.\d+ or newer")
 
     def test_it_runs_with_an_empty_environment(self):
-        done = subprocess.run([self.binary, "--version"], stdout=subprocess.PIPE, text=True, env={}, timeout=60, check=True)
+        done = subprocess.run([self.binary, "--version"], stdout=subprocess.PIPE, text=True, env={}, timeout=60,
+                              check=True)
         self.assertRegex(done.stdout, r"^sluice \d+\.\d+\.\d+\n$")
 
     def test_it_runs_where_there_is_nothing_but_glibc(self):
@@ -77,9 +80,9 @@ class Bundle(CliTest):
         os.symlink("/opt/sluice/bin/sluice", f"{root}/proc/self/exe")
         shutil.copy(sp.golden(), f"{root}/tmp/model.sluice")
         arguments = ["--ids", "1,2,3", "-n", "8", "--backend", "cpu", "--json", "--temp", "0"]
-        there = subprocess.run(["/opt/sluice/bin/sluice", "run", "/tmp/model.sluice", *arguments], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={}, timeout=60, preexec_fn=lambda: os.chroot(root),
-                               cwd="/")
+        there = subprocess.run(["/opt/sluice/bin/sluice", "run", "/tmp/model.sluice", *arguments],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={}, timeout=60,
+                               preexec_fn=lambda: os.chroot(root), cwd="/")
         self.assertEqual(there.returncode, 0, there.stderr)
         here = self.prints_json("run", sp.golden(), *arguments)
         self.assertEqual(sp.json.loads(there.stdout)["ids"], here["ids"])
@@ -92,8 +95,8 @@ class Refusals(CliTest):
         self.assertIn("no such build/sluice is not there; build it with: ninja -C", done.stderr)
 
     def test_a_missing_tool_is_named(self):
-        done = subprocess.run([sys.executable, BUNDLE, BUILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              env={"PATH": sp.SCRATCH}, timeout=60)
+        done = subprocess.run([sys.executable, BUNDLE, BUILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, env={"PATH": sp.SCRATCH}, timeout=60)
         self.assertEqual(done.returncode, 1)
         self.assertIn("patchelf was not found; tools/install-packages", done.stderr)
 

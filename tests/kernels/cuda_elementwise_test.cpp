@@ -292,7 +292,8 @@ TEST_CASE("a pass ends with its logits and stamps in host memory, its own among 
       std::fill(host_logits, host_logits + kMost, -7.0f);
       std::fill(host_stamps, host_stamps + kStamps, Stamp{});
       check(launch_finish_pass({.logits = logits.get(), .host_logits = host_logits, .logit_count = count,
-                                .stamps = stamps.get(), .host_stamps = host_stamps, .stamp_count = stamp_count}, nullptr));
+                                .stamps = stamps.get(), .host_stamps = host_stamps, .stamp_count = stamp_count},
+                               nullptr));
       check(cudaDeviceSynchronize());
       CHECK(std::equal(expected.begin(), expected.end(), host_logits));
       CHECK(host_logits[count] == -7.0f);

@@ -46,7 +46,7 @@ TEST_CASE("idle time in front of awaited weights is a wait, and a product's neig
   CHECK(times == Times{{10, 0}, {40, 30}, {5, 0}, {21, 4}, {10, 0}});
 }
 
-TEST_CASE("products behind each other share the time up to the next stamp, and a clock in steps gives nothing negative") {
+TEST_CASE("products behind each other share the time to the next stamp, and a clock in steps gives nothing negative") {
   const Times times = times_of({{kBegin, {32, 0}}, {kBoth, {32, 32}}, {kNone, {}}, {kNone, {}}, {kBoth, {32, 64}},
                                 {kAwaited, {60, 60}}, {kBegin, {64, 0}}});
   CHECK(times == Times{{0, 0}, {0, 0}, {0, 0}, {32, 0}, {0, 0}});
@@ -64,13 +64,13 @@ TEST_CASE("each way in which there is no GPU to work with has a sentence of its 
       {cudaErrorInsufficientDriver, {.driver = 0, .runtime = 13000}, ErrorCode::not_found,
        "no NVIDIA driver is installed (libcuda.so.1 was not found); --backend cpu runs without a GPU"},
       {cudaErrorInsufficientDriver, {.driver = 11040, .runtime = 13000}, ErrorCode::not_found,
-       "the NVIDIA driver is too old: it supports CUDA 11.4, and this build needs 13.0; update the driver; --backend cpu runs "
-       "without a GPU"},
+       "the NVIDIA driver is too old: it supports CUDA 11.4, and this build needs 13.0; update the driver; --backend cpu "
+       "runs without a GPU"},
       {cudaErrorNoDevice, {}, ErrorCode::not_found,
        "the NVIDIA driver finds no device; see nvidia-smi and CUDA_VISIBLE_DEVICES; --backend cpu runs without a GPU"},
       {cudaErrorNoKernelImageForDevice, {.architecture = "sm_70"}, ErrorCode::not_found,
-       "this build has no kernels for the device's architecture, sm_70; build with -Dgpu_archs=sm_70 or -Dgpu_archs=all; "
-       "--backend cpu runs without a GPU"},
+       "this build has no kernels for the device's architecture, sm_70; build with -Dgpu_archs=sm_70 or "
+       "-Dgpu_archs=all; --backend cpu runs without a GPU"},
       {cudaErrorMemoryAllocation, {}, ErrorCode::out_of_memory, "starting GPU 0: the GPU has not enough free memory"},
   };
   for (const Case& c : cases) {

@@ -22,7 +22,8 @@ namespace cuda {
 
 Result<Rates> measure_rates(int, RateDetail) { return absent(); }
 
-Result<std::unique_ptr<KernelBench>> KernelBench::open(int, const std::vector<BenchShape>&, const std::vector<uint32_t>&) {
+Result<std::unique_ptr<KernelBench>> KernelBench::open(int, const std::vector<BenchShape>&,
+                                                       const std::vector<uint32_t>&) {
   return absent();
 }
 

@@ -50,7 +50,8 @@ class LoadedCublas final : public Cublas {
   }
 
   // Column-major, as cuBLAS thinks: out^T [outputs][rows] = weights [outputs][cols] * x^T [cols][rows].
-  bool multiply(const void* x, const void* weights, void* out, uint32_t rows, uint32_t outputs, uint32_t cols) override {
+  bool multiply(const void* x, const void* weights, void* out, uint32_t rows, uint32_t outputs,
+                uint32_t cols) override {
     const float one = 1, zero = 0;
     const int m = static_cast<int>(outputs), n = static_cast<int>(rows), k = static_cast<int>(cols);
     return gemm_(handle_, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one, weights, CUDA_R_16F, k, x, CUDA_R_16F, k, &zero, out,
@@ -70,8 +71,8 @@ class LoadedCublas final : public Cublas {
 
   // Written out: the header has a second, inline cublasGemmEx for C++.
   using Gemm = cublasStatus_t(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void* alpha,
-                              const void* a, cudaDataType, int lda, const void* b, cudaDataType, int ldb, const void* beta,
-                              void* c, cudaDataType, int ldc, cublasComputeType_t, cublasGemmAlgo_t);
+                              const void* a, cudaDataType, int lda, const void* b, cudaDataType, int ldb,
+                              const void* beta, void* c, cudaDataType, int ldc, cublasComputeType_t, cublasGemmAlgo_t);
   void* library_ = nullptr;
   cublasHandle_t handle_ = nullptr;
   decltype(&::cublasDestroy_v2) destroy_ = nullptr;

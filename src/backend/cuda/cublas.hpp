@@ -17,13 +17,14 @@ class Cublas {
  public:
   virtual ~Cublas() = default;
 
-  // Opens the library and creates its handle for the current device; its work goes to `stream`, its workspace (64 MiB) is
-  // `workspace`, which a captured graph needs. Error: not_found, with the reason.
+  // Opens the library and creates its handle for the current device; its work goes to `stream`, its workspace (64
+  // MiB) is `workspace`, which a captured graph needs. Error: not_found, with the reason.
   static Result<std::unique_ptr<Cublas>> open(cudaStream_t stream, void* workspace, uint64_t workspace_bytes);
 
   // out = x * weights^T with FP32 sums. All FP16, row-major: x [rows][cols], weights [outputs][cols], out
   // [rows][outputs]. Enqueues; false if cuBLAS refused.
-  virtual bool multiply(const void* x, const void* weights, void* out, uint32_t rows, uint32_t outputs, uint32_t cols) = 0;
+  virtual bool multiply(const void* x, const void* weights, void* out, uint32_t rows, uint32_t outputs,
+                        uint32_t cols) = 0;
   virtual std::string version() const = 0;   // "13.1.0"
 };
 

@@ -269,7 +269,7 @@ void CudaBackend::record_copy(EventId event) {
 }
 
 void CudaBackend::record_compute(EventId event) {
-  if (dead_ || !submit()) return;
+  if (dead_ || !submit_or_die()) return;
   check_or_die(cudaEventRecord(events_[event], compute_), "recording an event");
   stamp_end();
 }
@@ -283,7 +283,7 @@ void CudaBackend::stamp_end() {
 
 // Submitted also where the copy is there already: segments must not depend on the time of day.
 void CudaBackend::compute_waits(EventId event) {
-  if (dead_ || !submit()) return;
+  if (dead_ || !submit_or_die()) return;
   stamp_end();
   const cudaError_t state = cudaEventQuery(events_[event]);
   if (state == cudaErrorNotReady) {
@@ -296,8 +296,8 @@ void CudaBackend::compute_waits(EventId event) {
   awaits_ = true;
 }
 
-// For calls that return nothing: what could not be submitted is missing in the pass, whose end must not come to nothing.
-bool CudaBackend::submit() {
+// What could not be submitted is missing in the pass, whose end must not come to nothing.
+bool CudaBackend::submit_or_die() {
   Status status = graphs_->flush();
   if (!status) die(std::move(status.error()));
   return status.has_value();
@@ -347,9 +347,11 @@ Status CudaBackend::begin_pass(std::span<const Row> rows, std::span<const float>
   active_rows_ = static_cast<uint32_t>(rows.size());
   kind_ = {.rows = active_rows_, .wanted_rows = wanted,
            .prefill_attention = sluice::cuda::attention_wants_prefill(active_rows_, session_runs)};
-  kind_.attention_bound = kind_.prefill_attention
-                              ? shape_.context
-                              : sluice::cuda::attention_bound(shape_.heads, shape_.kv_heads, positions_in_use, shape_.context);
+  kind_.attention_bound = shape_.context;
+  if (!kind_.prefill_attention) {
+    kind_.attention_bound =
+        sluice::cuda::attention_bound(shape_.heads, shape_.kv_heads, positions_in_use, shape_.context);
+  }
   graphs_->begin(kind_);
   clock_.clear();
   in_pass_ = true;
@@ -372,6 +374,11 @@ Status CudaBackend::run(const Op& op) {
   Marks marks = marks_of(op.kind);
   if (std::exchange(awaits_, false)) marks.begin = marks.awaited = true;
   return add({.kind = CommandKind::operation, .rows = active_rows_, .op = op}, marks);
+}
+
+Status CudaBackend::submit() {
+  SLUICE_TRY(alive());
+  return graphs_->flush();
 }
 
 Status CudaBackend::finish_pass(std::span<float> logits) {

@@ -57,6 +57,7 @@ class CudaBackend final : public Backend {
 
   Status begin_pass(std::span<const Row> rows, std::span<const float> embeddings) override;
   Status run(const Op& op) override;
+  Status submit() override;
   Status finish_pass(std::span<float> logits) override;
   std::span<const OpTime> op_times() const override { return clock_.times(); }
 
@@ -85,7 +86,7 @@ class CudaBackend final : public Backend {
   void check_or_die(cudaError_t code, const char* what);
   void die(Error error);
   void stamp_end();
-  bool submit();                        // what was added to the pass; false: it failed, and the backend is dead
+  bool submit_or_die();                 // for calls that return nothing
   Status alive() const;
   Error out_of_memory(uint64_t bytes, const std::string& what) const;
 

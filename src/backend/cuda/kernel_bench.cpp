@@ -111,7 +111,7 @@ class Bench final : public KernelBench {
   cudaEvent_t start_ = nullptr, stop_ = nullptr;
   std::vector<void*> memory_;
   std::byte* values_ = nullptr;                   // random bits: quantized values
-  std::byte* numbers_ = nullptr;                  // FP16 numbers of about 0.01, of either sign: parameters, FP16 weights
+  std::byte* numbers_ = nullptr;                  // FP16 numbers of about 0.01, either sign: parameters, FP16 weights
   std::byte* x_ = nullptr;
   float* out_ = nullptr;
   std::byte* workspace_ = nullptr;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times the matmul kernels as a pass launches them, with weights that no cache holds, next to what the memory of the card
-// delivers in the same minute and to cuBLAS with FP16 weights.
+// Times the matmul kernels as a pass launches them, with weights that no cache holds, next to what the memory of the
+// card delivers in the same minute and to cuBLAS with FP16 weights.
 //
-// A figure is the median of replays of a graph that holds launches back to back (with programmatic dependent launch where
-// the device has it), each on another copy of the weights, the copies together several times the L2 cache.
+// A figure is the median of replays of a graph that holds launches back to back (with programmatic dependent launch
+// where the device has it), each on another copy of the weights, the copies together several times the L2 cache.
 #pragma once
 
 #include <cstdint>

@@ -7,8 +7,8 @@
 
 namespace sluice::backend::cuda {
 
-// Commands run one behind the other, so an operation takes from the end of the one before it to its own: to the stamp of
-// that, or to the beginning of the next that has one.
+// Commands run one behind the other, so an operation takes from the end of the one before it to its own: to the stamp
+// of that, or to the beginning of the next that has one.
 //
 //   kernels     norm     q (awaited)          rope      attention      o (resident)     norm
 //   stamps      b   e       b            e    b         b        e                      b   e

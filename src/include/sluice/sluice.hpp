@@ -289,8 +289,8 @@ struct DeviceRates {
 };
 SLUICE_API Result<DeviceRates> measure_device(const std::string& backend);
 
-// What the matrix products of a model take on the GPU, one by one, with weights that no cache holds: each distinct shape
-// with each number of rows.
+// What the matrix products of a model take on the GPU, one by one, with weights that no cache holds: each distinct
+// shape with each number of rows.
 struct KernelTime {
   std::string name;                  // "q, k, v": the matrices of one launch
   std::string scheme;                // "int4 g128"
@@ -305,8 +305,8 @@ struct KernelReport {
   double read_before = 0, read_after = 0;   // the device's memory read by a kernel, bytes a second
   std::vector<KernelTime> times;
 };
-// `path`: a container, of which the shapes alone are used. `rows`: each 1..2048. `on_time`: called behind every figure with
-// the report so far. Errors: those of the file; usage, not_found (no GPU), out_of_memory, device.
+// `path`: a container, of which the shapes alone are used. `rows`: each 1..2048. `on_time`: called behind every
+// figure with the report so far. Errors: those of the file; usage, not_found (no GPU), out_of_memory, device.
 SLUICE_API Result<KernelReport> bench_kernels(const std::string& path, std::span<const uint32_t> rows,
                                               const std::function<void(const KernelReport&)>& on_time = {});
 
