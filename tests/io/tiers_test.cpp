@@ -18,7 +18,9 @@ using namespace sluice;
 using namespace sluice::test;
 
 const std::vector<int32_t> kPrompt = {3, 141, 59, 26, 53, 58, 97, 93, 23, 84, 62, 64, 33, 83, 27, 95, 28, 84, 19, 71};
-constexpr uint32_t kTokens = 24;
+// Vulkan's tests compute in software, where 24 tokens take 2 s: fewer tokens and repetitions there.
+bool in_software() { return backend_under_test() == "vulkan"; }
+uint32_t token_count() { return in_software() ? 8 : 24; }
 constexpr uint32_t kRows = 8;   // of a pass: up to there a row has the same bits whatever shares its pass, on every backend
 
 // Matrices of several checksum blocks, every scheme of the container, on a real file system.
@@ -58,7 +60,7 @@ Result<Output> run(const std::string& path, ModelOptions options, const storage:
     output.logits.insert(output.logits.end(), row.begin(), row.end());
   }));
   SLUICE_TRY_ASSIGN(reason, session.generate(
-                                {.max_tokens = kTokens, .sampling = {.temperature = 0}, .stop = {}, .ignore_eos = true},
+                                {.max_tokens = token_count(), .sampling = {.temperature = 0}, .stop = {}, .ignore_eos = true},
                                 [&](const Token& token) {
                                   output.tokens.push_back(token.id);
                                   if (tokens_before_error != nullptr) tokens_before_error->push_back(token.id);
@@ -96,7 +98,7 @@ TEST_CASE("every mix of tiers gives the same logits and tokens, by io_uring, pre
     const Fixture fixture(kind);
     const Budgets budgets(fixture.path);
     const Output expected = run_or_fail(fixture.path, {.max_rows = kRows});
-    REQUIRE(expected.tokens.size() == kTokens);
+    REQUIRE(expected.tokens.size() == token_count());
 
     struct Mix {
       const char* name;
@@ -112,6 +114,7 @@ TEST_CASE("every mix of tiers gives the same logits and tokens, by io_uring, pre
     };
     for (const Io io : {Io::automatic, Io::uring, Io::pread, Io::mmap}) {
       if (io == Io::mmap && on_gpu()) continue;
+      if (in_software() && (io == Io::automatic || (io == Io::pread && kind != Int4Kind::symmetric))) continue;
       for (const Mix& mix : mixes) {
         const ModelOptions options{.device_memory_bytes = mix.device, .host_memory_bytes = mix.host, .max_rows = 8,
                                    .io = io};
@@ -147,7 +150,7 @@ TEST_CASE("short reads, EINTR, EAGAIN, refused O_DIRECT and delays change no bit
   const Output expected = run_or_fail(fixture.path, {.max_rows = kRows});
   const ModelOptions options{.device_memory_bytes = budgets.smallest + budgets.weights / 3,
                              .host_memory_bytes = budgets.weights / 4, .max_rows = 8};
-  for (uint64_t seed = 1; seed <= 3; ++seed) {
+  for (uint64_t seed = 1; seed <= (in_software() ? 1u : 3u); ++seed) {
     for (const Io io : {Io::uring, Io::pread}) {
       ModelOptions with_io = options;
       with_io.io = io;
@@ -170,17 +173,20 @@ TEST_CASE("EIO and a flipped bit while streaming end in a typed error, and no wr
   const Fixture fixture;
   const Budgets budgets(fixture.path);
   const Output expected = run_or_fail(fixture.path, {.max_rows = kRows});
-  int errors = 0;
-  for (uint64_t seed = 1; seed <= 10; ++seed) {
+  const uint64_t seeds = in_software() ? 4 : 10;
+  int runs = 0, errors = 0;
+  for (uint64_t seed = 1; seed <= seeds; ++seed) {
     for (const bool flip : {false, true}) {
       for (const Io io : {Io::uring, Io::pread}) {
-        const storage::FaultPlan plan{.seed = seed, .eio = flip ? 0 : 0.002, .bit_flip = flip ? 0.002 : 0,
+        const double rate = in_software() ? 0.01 : 0.002;
+        const storage::FaultPlan plan{.seed = seed, .eio = flip ? 0 : rate, .bit_flip = flip ? rate : 0,
                                       .after_reads = 20 * seed};
         const ModelOptions options{.device_memory_bytes = budgets.smallest, .max_rows = 8, .io = io};
         std::vector<int32_t> tokens;
+        ++runs;
         const Result<Output> output = run(fixture.path, options, &plan, &tokens);
         INFO("seed " << seed << (flip ? ", bit flip" : ", EIO") << ", io " << static_cast<int>(io));
-        REQUIRE(tokens.size() <= kTokens);
+        REQUIRE(tokens.size() <= token_count());
         CHECK(std::equal(tokens.begin(), tokens.end(), expected.tokens.begin()));
         if (output) {   // the fault came too late to be met
           CHECK(*output == expected);
@@ -192,8 +198,8 @@ TEST_CASE("EIO and a flipped bit while streaming end in a typed error, and no wr
       }
     }
   }
-  std::printf("%d of 40 runs met their fault\n", errors);
-  CHECK(errors >= 20);
+  std::printf("%d of %d runs met their fault\n", errors, runs);
+  CHECK(2 * errors >= runs);
 }
 
 TEST_CASE("after a failed pass every later call fails the same way") {

@@ -48,6 +48,19 @@ struct WeightShape {
   }
 };
 
+// Minimal, ragged and even shapes in every scheme: what every backend's matmul is held against.
+inline std::vector<WeightShape> shape_table() {
+  const std::pair<uint32_t, uint32_t> sizes[] = {{1, 1}, {5, 63}, {17, 65}, {16, 64}, {1, 96}, {31, 130}, {48, 576}};
+  std::vector<WeightShape> shapes;
+  for (const auto& [rows, cols] : sizes) {
+    for (const Kind kind : {Kind::int4, Kind::int4_zeros, Kind::int4_bias, Kind::int8}) {
+      for (const uint32_t group : {32u, 64u, 128u}) shapes.push_back({rows, cols, kind, group});
+    }
+    for (const Kind kind : {Kind::f16, Kind::bf16, Kind::f32}) shapes.push_back({rows, cols, kind, 0});
+  }
+  return shapes;
+}
+
 // One matrix: planes as in a container, the value of every weight, and the magnitude that rounding errors scale with.
 struct TestWeight {
   storage::Tensor tensor;

@@ -178,18 +178,6 @@ void check_same_row(const Problem& p, Activations activations, uint32_t rows, co
   CHECK(different == 0);
 }
 
-std::vector<WeightShape> shape_table() {
-  const std::pair<uint32_t, uint32_t> sizes[] = {{1, 1}, {5, 63}, {17, 65}, {16, 64}, {1, 96}, {31, 130}, {48, 576}};
-  std::vector<WeightShape> shapes;
-  for (const auto& [rows, cols] : sizes) {
-    for (const Kind kind : {Kind::int4, Kind::int4_zeros, Kind::int4_bias, Kind::int8}) {
-      for (const uint32_t group : {32u, 64u, 128u}) shapes.push_back({rows, cols, kind, group});
-    }
-    for (const Kind kind : {Kind::f16, Kind::bf16, Kind::f32}) shapes.push_back({rows, cols, kind, 0});
-  }
-  return shapes;
-}
-
 uint32_t printed_seed() {
   const uint32_t seed = std::random_device{}();
   std::printf("seed %u\n", seed);
