@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a test program under Vulkan's validation layer with synchronization validation, and fails on any message.
 
-validated.py PROGRAM [ARGUMENT ...]
+validated.py [--needs-layer] PROGRAM [ARGUMENT ...]
 Exit status: the program's, or 1 if the layer said anything. Where the layer is not installed the program runs without it,
-with one line that says so. Package of the layer: vulkan-validationlayers.
+with one line that says so; or not at all, with exit status 77 (--needs-layer). Its package: vulkan-validationlayers.
 """
 import os
 import re
@@ -23,6 +23,11 @@ def layer_is_installed():
 
 def main(command):
     environment = dict(os.environ)
+    needs_layer = command[:1] == ["--needs-layer"]
+    command = command[1:] if needs_layer else command
+    if needs_layer and not layer_is_installed():
+        print("skipped: the validation layer is not installed")
+        return 77
     if layer_is_installed():
         environment["VK_INSTANCE_LAYERS"] = LAYER
         environment["VK_LAYER_ENABLES"] = "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT"

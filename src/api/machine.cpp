@@ -19,6 +19,7 @@
 
 #include "backend/cpu/kernels.hpp"
 #include "backend/cuda/rates.hpp"
+#include "backend/vulkan/devices.hpp"
 #include "base/handles.hpp"
 #include "base/memory_rate.hpp"
 #include "base/units.hpp"
@@ -236,15 +237,15 @@ Finding cpu_finding() {
              "the kernels are slow without AVX2; in a virtual machine, pass the host's CPU model through");
 }
 
-// A machine without a GPU is in order: that is one finding without a remedy.
-void cuda_findings(std::vector<Finding>& findings) {
+// A machine without a GPU is in order: that is one finding without a remedy. Result: whether CUDA works.
+bool cuda_findings(std::vector<Finding>& findings) {
   using backend::cuda::Rates;
   const Result<Rates> rates = backend::cuda::measure_rates(0, backend::cuda::RateDetail::all);
   if (!rates) {
     const bool absent = rates.error().code == ErrorCode::not_found;
     if (absent) findings.push_back(good("CUDA", rates.error().message));
     else findings.push_back(bad("CUDA", rates.error().message, "see nvidia-smi: what else uses the GPU, and its health"));
-    return;
+    return false;
   }
   findings.push_back(good("CUDA", fmt::format("{}, sm_{}{}, {} of {} free, driver for CUDA {}.{}", rates->device,
                                               rates->major, rates->minor, format_bytes(rates->free_bytes),
@@ -261,6 +262,35 @@ void cuda_findings(std::vector<Finding>& findings) {
                                                             100 * rates->copy_beside_read / rates->bus(),
                                                             rate_text(rates->read_beside_copy),
                                                             100 * rates->read_beside_copy / rates->read)));
+  return true;
+}
+
+// One finding a device, with what it lacks. Result: the GPU that `--backend auto` would take, if CUDA does not work.
+std::string vulkan_findings(std::vector<Finding>& findings) {
+  const Result<std::vector<backend::vulkan::DeviceReport>> devices = backend::vulkan::list_devices({});
+  if (!devices) {
+    findings.push_back(good("Vulkan", devices.error().message));
+    return {};
+  }
+  if (devices->empty()) findings.push_back(good("Vulkan", "no driver shows a device"));
+  std::string gpu;
+  for (const backend::vulkan::DeviceReport& device : *devices) {
+    const std::string text = fmt::format("{} ({}), {}, {}, Vulkan {}, {}", device.name, device.kind,
+                                         format_bytes(device.memory_bytes), device.driver, device.version, device.features);
+    if (!device.missing.empty()) {
+      findings.push_back(bad("Vulkan", text + "; lacks " + device.missing, "update the GPU's driver"));
+      continue;
+    }
+    findings.push_back(good("Vulkan", text + (device.software ? "; runs by name only (--backend vulkan)" : "")));
+    if (gpu.empty() && !device.software) gpu = device.name;
+  }
+  return gpu;
+}
+
+Finding choice_finding(bool cuda, const std::string& vulkan_gpu) {
+  if (cuda) return good("backend auto", "cuda");
+  if (!vulkan_gpu.empty()) return good("backend auto", fmt::format("vulkan on {}: CUDA does not work here", vulkan_gpu));
+  return good("backend auto", "cpu: neither CUDA nor Vulkan finds a GPU that works");
 }
 
 }  // namespace
@@ -309,8 +339,8 @@ std::vector<Finding> examine_machine(const std::string& folder) {
   };
   measured("memory copy, one thread", measure_memory_copy());
   measured("memory read, all threads", measure_memory_read(0));
-  cuda_findings(findings);
-  findings.push_back(good("Vulkan", "not built into this version"));
+  const bool cuda = cuda_findings(findings);
+  findings.push_back(choice_finding(cuda, vulkan_findings(findings)));
   return findings;
 }
 

@@ -134,6 +134,7 @@ class Backend {
   // Whether matmul takes weights with a column permutation. A model that has one is refused elsewhere.
   virtual bool gathers_inputs() const { return false; }
   virtual uint64_t preferred_copy_bytes() const = 0;   // copies below this size waste the bus
+  virtual uint64_t max_allocation_bytes() const { return UINT64_MAX; }   // of one allocate()
 
   virtual DeviceMemory device_memory() const { return {}; }
   // What `prepare(shape)` will take, exactly.

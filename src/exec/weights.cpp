@@ -14,6 +14,7 @@ namespace sluice::exec {
 
 namespace {
 
+using backend::DeviceAddress;
 using plan::Tier;
 using storage::IoMode;
 using storage::kBlockBytes;
@@ -77,22 +78,33 @@ Weights::~Weights() {
   for (const Mapping& slab : host_slabs_) backend_.unregister_host(slab.bytes());
 }
 
-// One allocation for resident weights and one for the ring. Every tensor gets its address.
+// One allocation for resident weights, or as few as the device's largest allows, and one for the ring. Every tensor gets its
+// address.
 Status Weights::allocate_tiers() {
   const std::vector<Tensor>& tensors = container_.manifest().tensors;
   addresses_.resize(tensors.size());
-  uint64_t at = 0;
-  if (plan_.resident_bytes > 0) {
-    SLUICE_TRY_ASSIGN(resident, backend_.allocate(plan_.resident_bytes, "resident weights"));
-    const std::span<std::byte> view = backend_.host_view(resident, plan_.resident_bytes);
-    for (uint32_t i = 0; i < tensors.size(); ++i) {
-      if (plan_.tiers[i] != Tier::device) continue;
-      addresses_[i] = resident + at;
-      loads_.push_back({.tensor = i, .host = view.empty() ? nullptr : view.data() + at});
-      at += tensors[i].padded_bytes();
+  const uint64_t most = align_down(backend_.max_allocation_bytes(), storage::kPlaneAlignment);
+  uint64_t left = plan_.resident_bytes;   // of tensors that have no place yet
+  uint64_t at = 0, end = 0;               // in the last allocation
+  DeviceAddress resident;
+  std::span<std::byte> view;
+  for (uint32_t i = 0; i < tensors.size(); ++i) {
+    if (plan_.tiers[i] != Tier::device) continue;
+    const uint64_t bytes = tensors[i].padded_bytes();
+    if (at + bytes > end) {
+      // What follows must fit too: the end of a full allocation stays empty.
+      end = std::max(bytes, std::min(left, most));
+      SLUICE_TRY_ASSIGN(memory, backend_.allocate(end, "resident weights"));
+      resident = memory;
+      view = backend_.host_view(resident, end);
+      at = 0;
     }
+    addresses_[i] = resident + at;
+    loads_.push_back({.tensor = i, .host = view.empty() ? nullptr : view.data() + at});
+    at += bytes;
+    left -= bytes;
   }
-  SLUICE_CHECK(at == plan_.resident_bytes);
+  SLUICE_CHECK(left == 0);
   if (plan_.ring_bytes > 0) {
     SLUICE_TRY_ASSIGN(ring, backend_.allocate(plan_.ring_bytes, "stream ring"));
     ring_ = ring;

@@ -102,6 +102,12 @@ int rank(VkPhysicalDeviceType type) {
   }
 }
 
+// Such a queue runs beside kernels. Video queues copy as well, and are left alone.
+bool copies_only(const VkQueueFamilyProperties& family) {
+  constexpr VkQueueFlags kOther = VK_QUEUE_COMPUTE_BIT | VK_QUEUE_GRAPHICS_BIT | 0x20 | 0x40;
+  return family.queueCount > 0 && (family.queueFlags & VK_QUEUE_TRANSFER_BIT) != 0 && (family.queueFlags & kOther) == 0;
+}
+
 std::string missing_text(const Description& d) {
   std::vector<std::string> missing;
   if (d.core().apiVersion < kVersion) missing.push_back(fmt::format("Vulkan 1.2 (it has {})", version_text(d.core().apiVersion)));
@@ -120,13 +126,23 @@ std::string missing_text(const Description& d) {
   return fmt::format("{}", fmt::join(missing, ", "));
 }
 
+std::string features_text(const Description& d) {
+  std::string text = fmt::format("subgroups of {}", d.subgroup.subgroupSize);
+  if (d.has(VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME)) text += ", imports host memory";
+  const bool copies = std::any_of(d.families.begin(), d.families.end(), copies_only);
+  text += copies ? ", a queue for copies" : !d.families.empty() && d.families[0].queueCount > 1 ? ", several queues" : ", one queue";
+  return text;
+}
+
 DeviceReport report_of(const Description& d) {
   const VkPhysicalDeviceMemoryProperties& memory = d.memory.memoryProperties;
   return {.name = d.core().deviceName,
           .driver = fmt::format("{} {}", d.driver.driverName, d.driver.driverInfo),
           .kind = kind_text(d.core().deviceType),
           .version = version_text(d.core().apiVersion),
+          .features = features_text(d),
           .memory_bytes = memory.memoryHeapCount > 0 ? memory.memoryHeaps[largest_local_heap(memory)].size : 0,
+          .software = d.core().deviceType == VK_PHYSICAL_DEVICE_TYPE_CPU,
           .missing = missing_text(d)};
 }
 
@@ -209,22 +225,15 @@ Result<std::unique_ptr<Device>> Device::open(const DeviceChoice& choice) {
   return self;
 }
 
-// A family for copies alone runs beside kernels. Video queues copy as well, and are left alone.
 void Device::choose_queues(VkPhysicalDevice physical) {
   Description d;
   describe(vk, physical, d);
-  constexpr VkQueueFlags kCompute = VK_QUEUE_COMPUTE_BIT, kOther = VK_QUEUE_COMPUTE_BIT | VK_QUEUE_GRAPHICS_BIT | 0x20 | 0x40;
   uint32_t compute = 0;
-  while ((d.families[compute].queueFlags & kCompute) == 0) ++compute;
+  while ((d.families[compute].queueFlags & VK_QUEUE_COMPUTE_BIT) == 0) ++compute;
   compute_ = {.family = compute, .index = 0};
   copy_ = {.family = compute, .index = std::min(1u, d.families[compute].queueCount - 1)};
-  for (uint32_t i = 0; i < d.families.size(); ++i) {
-    const VkQueueFlags flags = d.families[i].queueFlags;
-    if ((flags & VK_QUEUE_TRANSFER_BIT) != 0 && (flags & kOther) == 0 && d.families[i].queueCount > 0) {
-      copy_ = {.family = i, .index = 0};
-      break;
-    }
-  }
+  const auto copies = std::find_if(d.families.begin(), d.families.end(), copies_only);
+  if (copies != d.families.end()) copy_ = {.family = static_cast<uint32_t>(copies - d.families.begin()), .index = 0};
 }
 
 Status Device::create_device(VkPhysicalDevice physical) {
@@ -232,7 +241,6 @@ Status Device::create_device(VkPhysicalDevice physical) {
   describe(vk, physical, d);
   physical_ = physical;
   report_ = report_of(d);
-  software_ = d.core().deviceType == VK_PHYSICAL_DEVICE_TYPE_CPU;
   limits_ = d.core().limits;
   memory_ = d.memory.memoryProperties;
   subgroup_size_ = d.subgroup.subgroupSize;

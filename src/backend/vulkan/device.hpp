@@ -9,28 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "backend/vulkan/devices.hpp"
 #include "backend/vulkan/functions.hpp"
 #include "sluice/result.hpp"
 
 namespace sluice::backend::vulkan {
-
-struct DeviceChoice {
-  const char* library = "libvulkan.so.1";   // the loader
-  bool software = true;                     // a driver that computes on the CPU (lavapipe) will do where there is no GPU
-};
-
-// A device as the driver describes it.
-struct DeviceReport {
-  std::string name;                   // "NVIDIA H200"
-  std::string driver;                 // "NVIDIA 580.95"
-  std::string kind;                   // "discrete GPU", "integrated GPU", "virtual GPU", "software"
-  std::string version;                // of Vulkan, "1.4.312"
-  uint64_t memory_bytes = 0;          // of its largest device-local heap
-  std::string missing;                // why Sluice cannot use it; empty: it can
-};
-
-// Every device that the machine's drivers show. Error: not_found (no loader, no driver).
-Result<std::vector<DeviceReport>> list_devices(const DeviceChoice& choice);
 
 enum class MemoryKind : uint8_t {
   device,                             // where kernels read fast; not visible to the host unless it happens to be
@@ -65,7 +48,7 @@ class Device {
   VkDevice handle() const { return device_; }
   const std::string& name() const { return report_.name; }
   const DeviceReport& report() const { return report_; }
-  bool software() const { return software_; }
+  bool software() const { return report_.software; }
   const VkPhysicalDeviceLimits& limits() const { return limits_; }
   uint32_t subgroup_size() const { return subgroup_size_; }
   // Of one allocation and one buffer.
@@ -107,7 +90,6 @@ class Device {
   VkPhysicalDevice physical_ = VK_NULL_HANDLE;
   VkDevice device_ = VK_NULL_HANDLE;
   DeviceReport report_;
-  bool software_ = false;
   VkPhysicalDeviceLimits limits_{};
   VkPhysicalDeviceMemoryProperties memory_{};
   uint32_t subgroup_size_ = 0;

@@ -34,6 +34,7 @@ class VulkanBackend final : public Backend {
   std::string device_name() const override { return device_->name(); }
   bool computes_in_host_memory() const override { return false; }
   uint64_t preferred_copy_bytes() const override;
+  uint64_t max_allocation_bytes() const override { return device_->max_allocation_bytes(); }
   DeviceMemory device_memory() const override;
 
   MemoryNeed memory_need(const Shape& shape) const override;

@@ -55,7 +55,7 @@ struct ModelOptions {
   uint32_t max_logit_rows = 0;       // rows of a pass that may want logits; 0: 8
   Io io = Io::automatic;
   Verify verify = Verify::open;
-  std::string backend = "auto";      // "cuda", "cpu"; "auto": a GPU where there is one that works, else the CPU
+  std::string backend = "auto";      // "cuda", "vulkan", "cpu"; "auto": a GPU that works (CUDA first), else the CPU
   Activations cpu_activations = Activations::int8;
   uint32_t threads = 0;              // of the CPU backend; 0: one per core
   Bandwidths bandwidths;             // for the prediction in Timings; an unknown disk is what reading so far has shown

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which Vulkan devices this machine has. No Vulkan header is needed, and builds without the backend have it too.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "sluice/result.hpp"
+
+namespace sluice::backend::vulkan {
+
+struct DeviceChoice {
+  const char* library = "libvulkan.so.1";   // the loader
+  bool software = true;                     // a driver that computes on the CPU (lavapipe) will do where there is no GPU
+};
+
+// A device as the driver describes it.
+struct DeviceReport {
+  std::string name;                   // "NVIDIA H200"
+  std::string driver;                 // "NVIDIA 580.95"
+  std::string kind;                   // "discrete GPU", "integrated GPU", "virtual GPU", "software"
+  std::string version;                // of Vulkan, "1.4.312"
+  std::string features;               // what kernels and copies make use of where it is there
+  uint64_t memory_bytes = 0;          // of its largest device-local heap
+  bool software = false;
+  std::string missing;                // why Sluice cannot use it; empty: it can
+};
+
+// Every device that the machine's drivers show. Error: not_found (a build without Vulkan, no loader, no driver).
+Result<std::vector<DeviceReport>> list_devices(const DeviceChoice& choice);
+
+}  // namespace sluice::backend::vulkan
