@@ -256,6 +256,25 @@ Result<Planes> round_to_nearest(Tensor& tensor, std::span<const float> weights) 
   return round_rows(tensor, weights);
 }
 
+void RoundingLoss::merge(const RoundingLoss& other) {
+  error_squares += other.error_squares;
+  weight_squares += other.weight_squares;
+  output_squares += other.output_squares;
+}
+
+RoundingLoss loss_of(const Tensor& tensor, std::span<const float> weights, const Planes& planes) {
+  RoundingLoss loss;
+  const std::vector<float> stored = dequantize(tensor, planes.values, planes.scales, planes.zeros, planes.bias);
+  const double unscale = std::ldexp(1.0, -tensor.scale_exponent);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const double weight = static_cast<double>(weights[i]) * unscale;
+    const double error = weight - static_cast<double>(stored[i]) * unscale;
+    loss.error_squares += error * error;
+    loss.weight_squares += weight * weight;
+  }
+  return loss;
+}
+
 std::vector<float> dequantize(const Tensor& tensor, std::span<const std::byte> values,
                               std::span<const std::byte> scales, std::span<const std::byte> zeros,
                               std::span<const std::byte> bias) {

@@ -52,6 +52,17 @@ bool fits_half(const Extent& extent, int32_t exponent);
 // them first.
 Planes round_rows(const storage::Tensor& tensor, std::span<const float> weights);
 
+// What rounding cost: sums over weights, as they are before the scale exponent.
+struct RoundingLoss {
+  double error_squares = 0;           // (w - q)^2
+  double weight_squares = 0;          // w^2
+  double output_squares = 0;          // GPTQ: its own estimate of the squared error of an output; else 0
+  void merge(const RoundingLoss& other);
+};
+
+// Compares planes of round_rows with what they were made of.
+RoundingLoss loss_of(const storage::Tensor& tensor, std::span<const float> weights, const Planes& planes);
+
 // The inverse: every weight as float, row-major. For tests, references and requantization.
 std::vector<float> dequantize(const storage::Tensor& tensor, std::span<const std::byte> values,
                               std::span<const std::byte> scales, std::span<const std::byte> zeros,
