@@ -20,35 +20,6 @@ constexpr double kShareOfFreeMemory = 0.8;    // taken without being asked: the 
 constexpr uint64_t kDeviceMargin = 512 * kMiB;
 constexpr uint64_t kDeviceMarginShare = 20;   // or this part of all of it, if that is more
 
-Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& options) {
-  const std::string& name = options.backend;
-  const bool automatic = name == "auto";
-  if (!automatic && name != "cpu" && name != "cuda" && name != "vulkan") {
-    return fail(ErrorCode::usage,
-                fmt::format("backend \"{}\" does not exist; there are: auto, cuda, vulkan, cpu", name));
-  }
-  // A mapping is computed in where it is, which a GPU cannot. Without a backend in the build there is nothing to say.
-  const bool gpu = automatic && options.io != Io::mmap;
-  std::string why;
-  if (name == "cuda" || (gpu && backend::has_cuda_backend())) {
-    Result<std::unique_ptr<backend::Backend>> cuda = backend::make_cuda_backend({.device = 0, .log = options.log});
-    if (cuda || !automatic) return cuda;
-    why = cuda.error().message;
-  }
-  if (name == "vulkan" || (gpu && backend::has_vulkan_backend())) {
-    // A driver that computes on the CPU is slower than the CPU backend, and taken only where it is asked for.
-    Result<std::unique_ptr<backend::Backend>> vulkan =
-        backend::make_vulkan_backend({.software = !automatic, .log = options.log});
-    if (vulkan && !why.empty()) log_info(options.log, fmt::format("running on Vulkan: {}", why));
-    if (vulkan || !automatic) return vulkan;
-    why += (why.empty() ? "" : "; ") + vulkan.error().message;
-  }
-  if (!why.empty()) log_info(options.log, fmt::format("running on the CPU: {}", why));
-  const auto activations = options.cpu_activations == Activations::f32 ? backend::CpuActivations::f32
-                                                                       : backend::CpuActivations::int8;
-  return backend::make_cpu_backend({.threads = options.threads, .activations = activations, .log = options.log});
-}
-
 Result<uint32_t> choose_context(const storage::Container& container, const ModelOptions& options) {
   const uint32_t trained = container.manifest().hyper.max_context;
   if (options.context == 0) return std::min(trained, kDefaultContext);
@@ -83,6 +54,35 @@ uint64_t free_to_take(const backend::DeviceMemory& device) {
 }
 
 }  // namespace
+
+Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& options) {
+  const std::string& name = options.backend;
+  const bool automatic = name == "auto";
+  if (!automatic && name != "cpu" && name != "cuda" && name != "vulkan") {
+    return fail(ErrorCode::usage,
+                fmt::format("backend \"{}\" does not exist; there are: auto, cuda, vulkan, cpu", name));
+  }
+  // A mapping is computed in where it is, which a GPU cannot. Without a backend in the build there is nothing to say.
+  const bool gpu = automatic && options.io != Io::mmap;
+  std::string why;
+  if (name == "cuda" || (gpu && backend::has_cuda_backend())) {
+    Result<std::unique_ptr<backend::Backend>> cuda = backend::make_cuda_backend({.device = 0, .log = options.log});
+    if (cuda || !automatic) return cuda;
+    why = cuda.error().message;
+  }
+  if (name == "vulkan" || (gpu && backend::has_vulkan_backend())) {
+    // A driver that computes on the CPU is slower than the CPU backend, and taken only where it is asked for.
+    Result<std::unique_ptr<backend::Backend>> vulkan =
+        backend::make_vulkan_backend({.software = !automatic, .log = options.log});
+    if (vulkan && !why.empty()) log_info(options.log, fmt::format("running on Vulkan: {}", why));
+    if (vulkan || !automatic) return vulkan;
+    why += (why.empty() ? "" : "; ") + vulkan.error().message;
+  }
+  if (!why.empty()) log_info(options.log, fmt::format("running on the CPU: {}", why));
+  const auto activations = options.cpu_activations == Activations::f32 ? backend::CpuActivations::f32
+                                                                       : backend::CpuActivations::int8;
+  return backend::make_cpu_backend({.threads = options.threads, .activations = activations, .log = options.log});
+}
 
 Result<Opening> open_and_plan(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths) {
   if (options.sessions == 0) return fail(ErrorCode::usage, "a model needs room for at least one session");

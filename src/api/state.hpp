@@ -96,6 +96,9 @@ struct Opening {
   uint32_t context = 0;                 // positions of a session; the shape's is rounded up to KV blocks
   uint64_t device_budget_bytes = 0;
 };
+// The backend that the options name. Errors: usage, not_found, device.
+Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& options);
+
 // Errors: those of Container::open; usage, not_found (the backend), budget.
 Result<Opening> open_and_plan(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths);
 

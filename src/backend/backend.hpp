@@ -175,6 +175,9 @@ class Backend {
   virtual Status run(const Op& op) = 0;
   // Hands what was run so far to the device, which a backend may put off. Before the caller waits for something else.
   virtual Status submit() { return {}; }
+  // Waits for the compute queue and copies what a slot holds at this place of the pass, FP32 [rows of the pass][width]: for
+  // calibration, not for passes that someone waits for. Error: unsupported, where a backend does not give it.
+  virtual Status read_slot(Slot slot, std::span<float> out);
   // Waits for the compute queue and copies the logits, FP32 [wanted rows][vocab], to `logits` (empty: none wanted).
   virtual Status finish_pass(std::span<float> logits) = 0;
   // Of the last finished pass, one for each `run`, in their order; valid until the next begin_pass. Empty where `run`

@@ -43,6 +43,7 @@ int run_main(int argc, char** argv) {
   app.footer(kFooter);
   app.require_subcommand(0, 1);
   cli::add_import(app, chosen);
+  cli::add_quantize(app, chosen);
   cli::add_inspect(app, chosen);
   cli::add_verify(app, chosen);
   cli::add_plan(app, chosen);
@@ -50,6 +51,7 @@ int run_main(int argc, char** argv) {
   cli::add_chat(app, chosen);
   cli::add_bench(app, chosen);
   cli::add_score(app, chosen);
+  cli::add_eval(app, chosen);
   cli::add_tokenize(app, chosen);
   cli::add_detokenize(app, chosen);
   cli::add_doctor(app, chosen);

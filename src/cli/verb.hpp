@@ -29,5 +29,7 @@ void add_detokenize(CLI::App& app, Chosen& chosen);
 void add_doctor(CLI::App& app, Chosen& chosen);
 void add_synth(CLI::App& app, Chosen& chosen);
 void add_trace(CLI::App& app, Chosen& chosen);
+void add_quantize(CLI::App& app, Chosen& chosen);
+void add_eval(CLI::App& app, Chosen& chosen);
 
 }  // namespace sluice::cli

@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "base/check.hpp"
+#include "exec/layer_walk.hpp"
 
 namespace sluice::exec {
 
@@ -20,14 +21,6 @@ using storage::PlaneKind;
 using storage::Role;
 using storage::Tensor;
 
-// A matrix, the slot its product goes to, and the bias behind it if the model has one.
-struct Product {
-  Role matrix;
-  Slot out;
-  Role bias;
-};
-constexpr Role kNoBias = Role::token_embedding;
-
 class Builder {
  public:
   Builder(const storage::Container& container, const plan::Plan& plan, const AddressOf& address_of)
@@ -38,21 +31,10 @@ class Builder {
 
   Result<std::vector<Step>> build() {
     const int32_t layers = static_cast<int32_t>(container_.manifest().hyper.layers);
-    for (layer_ = 0; layer_ < layers; ++layer_) {
-      norm(Role::attn_norm);
-      matmul(Slot::normed, false, {{Role::q, Slot::q, Role::q_bias}, {Role::k, Slot::k, Role::k_bias},
-                                   {Role::v, Slot::v, Role::v_bias}});
-      rope();
-      plain(OpKind::attention, Stage::attention);
-      matmul(Slot::attended, true, {{Role::o, Slot::residual, kNoBias}});
-      norm(Role::ffn_norm);
-      matmul(Slot::normed, false, {{Role::gate, Slot::gate, kNoBias}, {Role::up, Slot::up, kNoBias}});
-      plain(OpKind::swiglu, Stage::activation);
-      matmul(Slot::gate, true, {{Role::down, Slot::residual, kNoBias}});
-    }
+    for (layer_ = 0; layer_ < layers; ++layer_) walk_layer(*this);
     layer_ = -1;
     const size_t body = steps_.size();
-    plain(OpKind::select_rows, Stage::lm_head);
+    steps_.push_back({.op = op(OpKind::select_rows), .stage = Stage::lm_head});
     norm(Role::output_norm);
     matmul(Slot::normed, false, {{Role::lm_head, Slot::logits, kNoBias}});
     for (size_t i = body; i < steps_.size(); ++i) {
@@ -75,27 +57,9 @@ class Builder {
     return std::move(steps_);
   }
 
- private:
-  uint32_t index_of(const Tensor* tensor) const {
-    return static_cast<uint32_t>(tensor - container_.manifest().tensors.data());
-  }
-
-  Op op(OpKind kind) const {
-    Op op;
-    op.kind = kind;
-    op.layer = layer_ < 0 ? 0 : static_cast<uint32_t>(layer_);
-    return op;
-  }
-
-  // Vectors are always resident.
-  void set_vector(Op& op, int slot, Role role) const {
-    const Tensor* tensor = container_.find(role, layer_);
-    if (tensor == nullptr) return;
-    op.has_vector[slot] = true;
-    op.vectors[slot] = address_of_(index_of(tensor));
-  }
-
-  void plain(OpKind kind, Stage stage) { steps_.push_back({.op = op(kind), .stage = stage}); }
+  // What walk_layer calls.
+  void attention() { steps_.push_back({.op = op(OpKind::attention), .stage = Stage::attention}); }
+  void swiglu() { steps_.push_back({.op = op(OpKind::swiglu), .stage = Stage::activation}); }
 
   void norm(Role role) {
     Op norm = op(OpKind::rms_norm);
@@ -128,27 +92,30 @@ class Builder {
       open = item < 0;
       Op& target = steps_.back().op;
       const int slot = target.weight_count++;
-      target.weights[slot] = weight(*tensor, address_of_(index));
+      target.weights[slot] = weight_at(*tensor, address_of_(index));
       target.out[slot] = product.out;
       if (product.bias != kNoBias) set_vector(target, slot, product.bias);
     }
   }
 
-  static backend::Weight weight(const Tensor& tensor, DeviceAddress at) {
-    backend::Weight weight{.scheme = tensor.scheme, .layout = tensor.layout, .rows = tensor.rows, .cols = tensor.cols,
-                           .group_elems = tensor.group_elems, .scale = std::ldexp(1.0f, tensor.scale_exponent)};
-    for (const storage::Plane& plane : tensor.planes) {
-      const DeviceAddress address = at + (plane.offset - tensor.offset());
-      switch (plane.kind) {
-        case PlaneKind::values: weight.values = address; break;
-        case PlaneKind::scales: weight.scales = address; break;
-        case PlaneKind::zeros: weight.zeros = address; weight.has_zeros = true; break;
-        case PlaneKind::bias: weight.bias = address; weight.has_bias = true; break;
-        case PlaneKind::perm: weight.perm = address; weight.has_perm = true; break;
-        default: break;  // residual planes are not read
-      }
-    }
-    return weight;
+ private:
+  uint32_t index_of(const Tensor* tensor) const {
+    return static_cast<uint32_t>(tensor - container_.manifest().tensors.data());
+  }
+
+  Op op(OpKind kind) const {
+    Op op;
+    op.kind = kind;
+    op.layer = layer_ < 0 ? 0 : static_cast<uint32_t>(layer_);
+    return op;
+  }
+
+  // Vectors are always resident.
+  void set_vector(Op& op, int slot, Role role) const {
+    const Tensor* tensor = container_.find(role, layer_);
+    if (tensor == nullptr) return;
+    op.has_vector[slot] = true;
+    op.vectors[slot] = address_of_(index_of(tensor));
   }
 
   const storage::Container& container_;
@@ -160,6 +127,23 @@ class Builder {
 };
 
 }  // namespace
+
+backend::Weight weight_at(const Tensor& tensor, DeviceAddress at) {
+  backend::Weight weight{.scheme = tensor.scheme, .layout = tensor.layout, .rows = tensor.rows, .cols = tensor.cols,
+                         .group_elems = tensor.group_elems, .scale = std::ldexp(1.0f, tensor.scale_exponent)};
+  for (const storage::Plane& plane : tensor.planes) {
+    const DeviceAddress address = at + (plane.offset - tensor.offset());
+    switch (plane.kind) {
+      case PlaneKind::values: weight.values = address; break;
+      case PlaneKind::scales: weight.scales = address; break;
+      case PlaneKind::zeros: weight.zeros = address; weight.has_zeros = true; break;
+      case PlaneKind::bias: weight.bias = address; weight.has_bias = true; break;
+      case PlaneKind::perm: weight.perm = address; weight.has_perm = true; break;
+      default: break;  // residual planes are not read
+    }
+  }
+  return weight;
+}
 
 Result<std::vector<Step>> build_program(const storage::Container& container, const plan::Plan& plan,
                                         const AddressOf& address_of) {

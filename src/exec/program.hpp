@@ -29,6 +29,9 @@ struct Step {
 // Where the planes of tensor number i begin while an operation uses them.
 using AddressOf = std::function<backend::DeviceAddress(uint32_t tensor)>;
 
+// A matrix whose planes lie behind `at` as they do in the file.
+backend::Weight weight_at(const storage::Tensor& tensor, backend::DeviceAddress at);
+
 // The steps of a dense decoder (Llama, Mistral, Qwen2, Qwen3), layer by layer:
 //   norm, q k v, head norms + RoPE + KV, attention, o (+ residual), norm, gate up, SwiGLU, down (+ residual)
 // and at the end the rows that want logits, norm, lm_head. Neighbouring resident matrices of one input share an

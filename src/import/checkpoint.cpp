@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <array>
+#include <filesystem>
+#include <system_error>
 
 #include "import/ggml_blocks.hpp"
 
@@ -139,6 +141,23 @@ Status check_hyper_parameters(const HyperParameters& hyper, const std::string& w
                                                 hyper.norm_eps));
   }
   return {};
+}
+
+Result<Checkpoint> open_checkpoint(const std::string& source, const LogHook& log) {
+  std::error_code error;
+  const auto status = std::filesystem::status(source, error);
+  if (status.type() == std::filesystem::file_type::not_found) {
+    return fail(ErrorCode::not_found, fmt::format("{}: no such file or folder", source));
+  }
+  if (error) {
+    return fail(ErrorCode::io, fmt::format("{}: {}", source, error.message()), error.value());
+  }
+  if (std::filesystem::is_directory(status)) return open_huggingface(source, log);
+  if (source.ends_with(".safetensors") || source.ends_with(".json")) {
+    return fail(ErrorCode::usage, fmt::format("{}: give the folder that holds config.json and the *.safetensors files, "
+                                              "not one of its files", source));
+  }
+  return open_gguf(source, log);
 }
 
 }  // namespace sluice::import

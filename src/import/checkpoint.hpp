@@ -93,6 +93,9 @@ std::vector<WantedTensor> wanted_tensors(const storage::HyperParameters& hyper, 
 // `where` begins the message.
 Status check_hyper_parameters(const storage::HyperParameters& hyper, const std::string& where);
 
+// Whichever of the two `source` is. Errors: usage (one of a folder's files), and those below.
+Result<Checkpoint> open_checkpoint(const std::string& source, const LogHook& log);
+
 // Opens a GGUF file, or a folder in Hugging Face's form. Nothing of the weights is read yet.
 // Errors: not_found, io, corrupt, unsupported; each names the file and the key or tensor.
 Result<Checkpoint> open_gguf(const std::string& path, const LogHook& log);

@@ -103,29 +103,33 @@ Unexpected not_finite(const SourceFile& file, const SourceTensor& source, const 
                           "download it again", file.path, in_quotes(source.source_name), what, row, col));
 }
 
+// Rows of a slab: whole heads, for a permuted head would be read twice otherwise.
+uint32_t slab_rows(const SourceTensor& source) {
+  const uint32_t rows = slab_rows_of(source.cols);
+  if (source.permuted_head_dim == 0) return rows;
+  const uint32_t unit = std::lcm(source.permuted_head_dim, storage::kTileRows);
+  return std::max(rows / unit, 1u) * unit;
+}
+
 // Everything a worker needs; one per tensor, read-only while workers run.
 struct Job {
   const SourceFile& file;
   const SourceTensor& source;
   Conversion conversion;
   Tensor tensor;           // as it will be in the container
-  uint32_t slab_rows;      // a multiple of 16
+  uint32_t rows_each;      // of a slab: a multiple of 16
 
-  uint64_t slabs() const { return ceil_div(source.rows, slab_rows); }
-  uint32_t first_row(uint64_t slab) const { return static_cast<uint32_t>(slab * slab_rows); }
+  uint64_t slabs() const { return ceil_div(source.rows, rows_each); }
+  uint32_t first_row(uint64_t slab) const { return static_cast<uint32_t>(slab * rows_each); }
   Tensor slab_tensor(uint64_t slab) const {
     Tensor part = tensor;
-    part.rows = std::min(slab_rows, source.rows - first_row(slab));
+    part.rows = std::min(rows_each, source.rows - first_row(slab));
     return part;
   }
 };
 
 Result<std::vector<float>> read_floats(const Job& job, uint64_t slab) {
-  const uint32_t first = job.first_row(slab), rows = job.slab_tensor(slab).rows;
-  SLUICE_TRY_ASSIGN(bytes, read_rows(job.file, job.source, first, rows));
-  std::vector<float> weights(uint64_t{rows} * job.source.cols);
-  decode_to_float(job.source.type, bytes, weights);
-  return weights;
+  return read_matrix_rows(job.file, job.source, job.first_row(slab), job.slab_tensor(slab).rows);
 }
 
 Result<quant::Planes> copy_codes(const Job& job, uint64_t slab) {
@@ -167,42 +171,22 @@ Result<quant::Planes> copy_halves(const Job& job, uint64_t slab) {
   return quant::lay_out_halves(part, elements);
 }
 
-Result<quant::Planes> encode_slab(const Job& job, uint64_t slab) {
+// `losses`: one place per slab, or empty.
+Result<quant::Planes> encode_slab(const Job& job, uint64_t slab, std::span<quant::RoundingLoss> losses) {
   if (job.conversion == Conversion::copy) {
     return is_plain(job.source.type) ? copy_halves(job, slab) : copy_codes(job, slab);
   }
   SLUICE_TRY_ASSIGN(weights, read_floats(job, slab));
-  return quant::round_rows(job.slab_tensor(slab), weights);
-}
-
-// The first of two walks, for what rounds: non-finite weights, and the scale exponent of the whole tensor.
-Result<quant::Extent> measure_tensor(const Job& job, Scheme scheme, uint32_t threads) {
-  quant::Extent extent;
-  const auto work = [&](uint64_t slab) -> Result<quant::Extent> {
-    SLUICE_TRY_ASSIGN(weights, read_floats(job, slab));
-    Tensor part = job.slab_tensor(slab);
-    part.name = job.file.path + ": tensor " + in_quotes(job.source.source_name);
-    part.scheme = scheme;
-    return quant::measure(part, job.first_row(slab), weights);
-  };
-  SLUICE_TRY(in_order(job.slabs(), threads, work, [&](const quant::Extent& part) -> Status {
-    extent.merge(part);
-    return {};
-  }));
-  return extent;
+  const Tensor part = job.slab_tensor(slab);
+  quant::Planes planes = quant::round_rows(part, weights);
+  if (!losses.empty()) losses[slab] = quant::loss_of(part, weights, planes);
+  return planes;
 }
 
 // Norms and biases: FP32, whatever they were.
-Status write_vector(const Job& job, storage::ContainerWriter& writer) {
-  std::vector<std::byte> bytes(job.source.row_bytes());
-  SLUICE_TRY(read_exactly(job.file.fd.get(), bytes, job.source.offset, job.file.path));
-  std::vector<float> stored(job.source.cols), values(job.source.cols);
-  decode_to_float(job.source.type, bytes, stored);
-  for (uint32_t i = 0; i < job.source.cols; ++i) values[i] = stored[source_row(job.source, i)];
-  for (uint32_t i = 0; i < job.source.cols; ++i) {
-    if (!std::isfinite(values[i])) return not_finite(job.file, job.source, "value", 0, source_row(job.source, i));
-  }
-  SLUICE_TRY(writer.begin_tensor(job.tensor));
+Status write_vector(const SourceFile& file, const SourceTensor& source, storage::ContainerWriter& writer) {
+  SLUICE_TRY_ASSIGN(values, read_vector(file, source));
+  SLUICE_TRY(writer.begin_tensor(tensor_of(source, Scheme::f32, 0)));
   SLUICE_TRY(writer.write_plane(PlaneKind::values, std::as_bytes(std::span(values))));
   return writer.end_tensor();
 }
@@ -232,39 +216,84 @@ Target choose_target(const SourceTensor& source, const Options& options, bool ti
   return {};
 }
 
-Status write_tensor(const SourceFile& file, const SourceTensor& source, const Target& target, uint32_t threads,
-                    storage::ContainerWriter& writer) {
-  SLUICE_CHECK(source.cols % block_elems(source.type) == 0);
-  Job job{file, source, target.conversion, {}, slab_rows_of(source.cols)};
-  // Slabs of whole heads: a permuted head would be read twice otherwise.
-  if (source.permuted_head_dim != 0) {
-    const uint32_t unit = std::lcm(source.permuted_head_dim, storage::kTileRows);
-    job.slab_rows = std::max(job.slab_rows / unit, 1u) * unit;
+Result<std::vector<float>> read_matrix_rows(const SourceFile& file, const SourceTensor& source, uint32_t first,
+                                            uint32_t rows) {
+  SLUICE_TRY_ASSIGN(bytes, read_rows(file, source, first, rows));
+  std::vector<float> weights(uint64_t{rows} * source.cols);
+  decode_to_float(source.type, bytes, weights);
+  return weights;
+}
+
+Result<std::vector<float>> read_vector(const SourceFile& file, const SourceTensor& source) {
+  std::vector<std::byte> bytes(source.row_bytes());
+  SLUICE_TRY(read_exactly(file.fd.get(), bytes, source.offset, file.path));
+  std::vector<float> stored(source.cols), values(source.cols);
+  decode_to_float(source.type, bytes, stored);
+  for (uint32_t i = 0; i < source.cols; ++i) values[i] = stored[source_row(source, i)];
+  for (uint32_t i = 0; i < source.cols; ++i) {
+    if (!std::isfinite(values[i])) return not_finite(file, source, "value", 0, source_row(source, i));
   }
-  job.tensor.name = source.name;
-  job.tensor.role = source.role;
-  job.tensor.layer = source.layer;
-  job.tensor.rows = source.rows;
-  job.tensor.cols = source.cols;
-  job.tensor.scheme = target.scheme;
-  job.tensor.group_elems = target.group_elems;
-  job.tensor.layout = layout_of(source, target.scheme);
-  if (source.vector) return write_vector(job, writer);
+  return values;
+}
+
+Tensor tensor_of(const SourceTensor& source, Scheme scheme, uint32_t group_elems) {
+  Tensor tensor;
+  tensor.name = source.name;
+  tensor.role = source.role;
+  tensor.layer = source.layer;
+  tensor.rows = source.rows;
+  tensor.cols = source.cols;
+  tensor.scheme = scheme;
+  tensor.group_elems = group_elems;
+  tensor.layout = layout_of(source, scheme);
+  return tensor;
+}
+
+// The first of two walks, for what rounds.
+Result<quant::Extent> measure_matrix(const SourceFile& file, const SourceTensor& source, const Tensor& tensor,
+                                     uint32_t threads) {
+  const Job job{file, source, Conversion::round, tensor, slab_rows(source)};
+  quant::Extent extent;
+  const auto work = [&](uint64_t slab) -> Result<quant::Extent> {
+    SLUICE_TRY_ASSIGN(weights, read_floats(job, slab));
+    Tensor part = job.slab_tensor(slab);
+    part.name = file.path + ": tensor " + in_quotes(source.source_name);
+    return quant::measure(part, job.first_row(slab), weights);
+  };
+  SLUICE_TRY(in_order(job.slabs(), threads, work, [&](const quant::Extent& part) -> Status {
+    extent.merge(part);
+    return {};
+  }));
+  return extent;
+}
+
+Tensor narrowest_tensor(const SourceTensor& source, const quant::Extent& of_f16) {
+  Tensor tensor = tensor_of(source, Scheme::f16, 0);
+  const int32_t exponent = quant::choose_scale_exponent(tensor, of_f16);
+  if (!quant::fits_half(of_f16, exponent)) {
+    return tensor_of(source, of_f16.fits_bf16 ? Scheme::bf16 : Scheme::f32, 0);
+  }
+  tensor.scale_exponent = exponent;
+  return tensor;
+}
+
+Status write_tensor(const SourceFile& file, const SourceTensor& source, const Target& target, uint32_t threads,
+                    storage::ContainerWriter& writer, quant::RoundingLoss* loss) {
+  SLUICE_CHECK(source.cols % block_elems(source.type) == 0);
+  if (source.vector) return write_vector(file, source, writer);
+  Job job{file, source, target.conversion, tensor_of(source, target.scheme, target.group_elems), slab_rows(source)};
   if (job.conversion == Conversion::narrowest) {
-    SLUICE_TRY_ASSIGN(extent, measure_tensor(job, Scheme::f16, threads));
-    job.tensor.scheme = Scheme::f16;
-    const int32_t exponent = quant::choose_scale_exponent(job.tensor, extent);
-    if (quant::fits_half(extent, exponent)) {
-      job.tensor.scale_exponent = exponent;
-    } else {
-      job.tensor.scheme = extent.fits_bf16 ? Scheme::bf16 : Scheme::f32;
-    }
-    job.tensor.layout = layout_of(source, job.tensor.scheme);
+    SLUICE_TRY_ASSIGN(extent, measure_matrix(file, source, tensor_of(source, Scheme::f16, 0), threads));
+    job.tensor = narrowest_tensor(source, extent);
   } else if (job.conversion == Conversion::round) {
-    SLUICE_TRY_ASSIGN(extent, measure_tensor(job, target.scheme, threads));
+    SLUICE_TRY_ASSIGN(extent, measure_matrix(file, source, job.tensor, threads));
     job.tensor.scale_exponent = quant::choose_scale_exponent(job.tensor, extent);
   }
-  return write_in_slabs(job.tensor, job.slabs(), threads, [&](uint64_t slab) { return encode_slab(job, slab); }, writer);
+  std::vector<quant::RoundingLoss> losses(loss != nullptr ? job.slabs() : 0);
+  const auto work = [&](uint64_t slab) { return encode_slab(job, slab, losses); };
+  SLUICE_TRY(write_in_slabs(job.tensor, job.slabs(), threads, work, writer));
+  for (const quant::RoundingLoss& part : losses) loss->merge(part);
+  return {};
 }
 
 }  // namespace sluice::import

@@ -22,23 +22,6 @@ namespace {
 
 constexpr uint32_t kMostThreads = 8;  // more would only wait for the disk
 
-Result<Checkpoint> open_checkpoint(const Options& options) {
-  std::error_code error;
-  const auto status = std::filesystem::status(options.source, error);
-  if (status.type() == std::filesystem::file_type::not_found) {
-    return fail(ErrorCode::not_found, fmt::format("{}: no such file or folder", options.source));
-  }
-  if (error) {
-    return fail(ErrorCode::io, fmt::format("{}: {}", options.source, error.message()), error.value());
-  }
-  if (std::filesystem::is_directory(status)) return open_huggingface(options.source, options.log);
-  if (options.source.ends_with(".safetensors") || options.source.ends_with(".json")) {
-    return fail(ErrorCode::usage, fmt::format("{}: give the folder that holds config.json and the *.safetensors files, "
-                                              "not one of its files", options.source));
-  }
-  return open_gguf(options.source, options.log);
-}
-
 // One line per kind of loss, not one per tensor.
 void warn_of_losses(const std::map<std::string, uint64_t>& losses, const Options& options) {
   for (const auto& [what, tensors] : losses) {
@@ -77,7 +60,7 @@ Status check_packed_wish(const SourceTensor& source, const Options& options) {
 Result<Report> run_import(const Options& options) {
   const auto start = std::chrono::steady_clock::now();
   SLUICE_TRY(check_options(options));
-  SLUICE_TRY_ASSIGN(checkpoint, open_checkpoint(options));
+  SLUICE_TRY_ASSIGN(checkpoint, open_checkpoint(options.source, options.log));
   SLUICE_TRY_ASSIGN(writer, storage::ContainerWriter::create(options.output));
   const uint32_t threads = std::clamp(std::thread::hardware_concurrency(), 1u, kMostThreads);
   const bool tied = checkpoint.manifest.hyper.tied_embeddings;

@@ -4,71 +4,20 @@
 #include <fmt/format.h>
 
 #include <filesystem>
-#include <limits>
-#include <optional>
-#include <set>
-#include <toml++/toml.h>
 
-#include "base/units.hpp"
 #include "import/checkpoint.hpp"
 #include "import/rope.hpp"
-#include "import/source_file.hpp"
 #include "import/text.hpp"
+#include "import/toml_table.hpp"
 
 namespace sluice::import {
 namespace {
-
-constexpr uint64_t kMaxTomlBytes = 1 * kMiB;
-
-// One table; remembers which keys were asked for, the rest is refused at the end.
-class Table {
- public:
-  Table(const toml::table& table, std::string where) : table_(table), where_(std::move(where)) {}
-
-  template <class T>
-  Result<T> value(std::string_view key, std::optional<T> otherwise = std::nullopt) {
-    asked_.insert(std::string(key));
-    const auto node = table_[key];
-    if (!node && otherwise) return *otherwise;
-    const auto found = node.template value<T>();
-    if (!node) return fail(ErrorCode::corrupt, fmt::format("{}: key \"{}\" is missing", where_, key));
-    if (!found) return fail(ErrorCode::corrupt, fmt::format("{}: key \"{}\" is of the wrong kind", where_, key));
-    return *found;
-  }
-
-  Result<uint32_t> size(std::string_view key) {
-    SLUICE_TRY_ASSIGN(number, value<int64_t>(key));
-    if (number < 0 || number > std::numeric_limits<uint32_t>::max()) {
-      return fail(ErrorCode::corrupt, fmt::format("{}: key \"{}\" is {}", where_, key, number));
-    }
-    return static_cast<uint32_t>(number);
-  }
-
-  const toml::table* table(std::string_view key) {
-    asked_.insert(std::string(key));
-    return table_[key].as_table();
-  }
-
-  Status refuse_others() const {
-    for (const auto& [key, node] : table_) {
-      if (asked_.contains(std::string(key.str()))) continue;
-      return fail(ErrorCode::corrupt, fmt::format("{}: unknown key {} in line {}", where_, in_quotes(key.str()),
-                                                  node.source().begin.line));
-    }
-    return {};
-  }
-
- private:
-  const toml::table& table_;
-  std::string where_;
-  std::set<std::string> asked_;
-};
 
 Result<storage::Rope> read_rope(const toml::table* table, uint32_t head_dim, const std::string& path) {
   RopeParameters parameters;
   parameters.rotary_dims = head_dim;
   if (table == nullptr) return make_rope(parameters, path);
-  Table rope(*table, path + ": [rope]");
+  TomlTable rope(*table, path + ": [rope]");
   SLUICE_TRY_ASSIGN(type, rope.value<std::string>("type", parameters.type));
   SLUICE_TRY_ASSIGN(theta, rope.value<double>("theta", parameters.theta));
   SLUICE_TRY_ASSIGN(factor, rope.value<double>("factor", parameters.factor));
@@ -85,27 +34,11 @@ Result<storage::Rope> read_rope(const toml::table* table, uint32_t head_dim, con
   return make_rope(parameters, path);
 }
 
-Result<toml::table> parse(const std::string& text, const std::string& path) {
-#if TOML_EXCEPTIONS
-  try {
-    return toml::parse(text, path);
-  } catch (const toml::parse_error& error) {
-    return fail(ErrorCode::corrupt, fmt::format("{}: line {}: {}", path, error.source().begin.line, error.description()));
-  }
-#else
-  toml::parse_result result = toml::parse(text, path);
-  if (result) return std::move(result).table();
-  return fail(ErrorCode::corrupt, fmt::format("{}: line {}: {}", path, result.error().source().begin.line,
-                                              result.error().description()));
-#endif
-}
-
 }  // namespace
 
 Result<ModelShape> read_model_toml(const std::string& path) {
-  SLUICE_TRY_ASSIGN(text, read_text_file(path, kMaxTomlBytes));
-  SLUICE_TRY_ASSIGN(root, parse(text, path));
-  Table model(root, path);
+  SLUICE_TRY_ASSIGN(root, read_toml(path));
+  TomlTable model(root, path);
   SLUICE_TRY_ASSIGN(name, model.value<std::string>("name", std::filesystem::path(path).stem().string()));
   SLUICE_TRY_ASSIGN(architecture, model.value<std::string>("architecture"));
   ModelShape shape;

@@ -38,12 +38,12 @@ uint8_t nibble(uint32_t word, uint32_t index) { return static_cast<uint8_t>(word
 // One matrix on its way: everything but the codes is row-major by output, [rows][groups] of the checkpoint.
 struct Matrix {
   const SourceTensor& source;
-  std::string label;                 // "FILE: tensor NAME" for messages
+  std::string label;  // "FILE: tensor NAME" for messages
   uint64_t groups = 0;
-  std::vector<uint32_t> words;       // the packed codes, whole
+  std::vector<uint32_t> words;  // the packed codes, whole
   std::vector<float> scales;
-  std::vector<uint8_t> zeros;        // empty: all 8
-  std::vector<uint32_t> perm;        // empty: columns are in order
+  std::vector<uint8_t> zeros;  // empty: all 8
+  std::vector<uint32_t> perm;  // empty: columns are in order
 
   const PackedInt4& packed() const { return *source.packed; }
 };
@@ -74,8 +74,8 @@ Status read_scales(const std::vector<SourceFile>& files, Matrix& m) {
   for (size_t i = 0; i < m.scales.size(); ++i) {
     if (std::isfinite(m.scales[i]) && m.scales[i] != 0) continue;
     return fail(ErrorCode::numeric,
-                fmt::format("{}: the scale of row {}, group {} is {}; the checkpoint is damaged, download it again", m.label,
-                            i / m.groups, i % m.groups, m.scales[i]));
+                fmt::format("{}: the scale of row {}, group {} is {}; the checkpoint is damaged, download it again",
+                            m.label, i / m.groups, i % m.groups, m.scales[i]));
   }
   return {};
 }
@@ -88,11 +88,16 @@ Status read_zeros(const std::vector<SourceFile>& files, Matrix& m) {
   for (uint64_t n = 0; n < rows; ++n) {
     for (uint64_t g = 0; g < m.groups; ++g) {
       uint8_t& zero = m.zeros[n * m.groups + g];
-      const uint32_t word = m.packed().packing == Packing::compressed ? words[n / 8 * m.groups + g] : words[(g * rows + n) / 8];
+      const uint32_t word =
+          m.packed().packing == Packing::compressed ? words[n / 8 * m.groups + g] : words[(g * rows + n) / 8];
       switch (m.packed().packing) {
-        case Packing::gptq_v1: zero = static_cast<uint8_t>(nibble(word, n % 8) + 1); break;
+        case Packing::gptq_v1:
+          zero = static_cast<uint8_t>(nibble(word, n % 8) + 1);
+          break;
         case Packing::gptq_v2:
-        case Packing::compressed: zero = nibble(word, n % 8); break;
+        case Packing::compressed:
+          zero = nibble(word, n % 8);
+          break;
         case Packing::awq:
           zero = nibble(word, static_cast<uint32_t>(std::find(kAwqRows, kAwqRows + 8, n % 8) - kAwqRows));
           break;
@@ -109,8 +114,8 @@ Status read_group_index(const std::vector<SourceFile>& files, Matrix& m) {
   SLUICE_TRY_ASSIGN(index, read_part<int32_t>(files, *m.packed().group_index));
   for (uint32_t k = 0; k < index.size(); ++k) {
     if (index[k] >= 0 && static_cast<uint64_t>(index[k]) < m.groups) continue;
-    return fail(ErrorCode::corrupt, fmt::format("{}: g_idx puts column {} into group {}, there are {}", m.label, k, index[k],
-                                                m.groups));
+    return fail(ErrorCode::corrupt,
+                fmt::format("{}: g_idx puts column {} into group {}, there are {}", m.label, k, index[k], m.groups));
   }
   std::vector<uint32_t> perm(index.size());
   std::iota(perm.begin(), perm.end(), 0u);
@@ -137,10 +142,11 @@ Result<std::pair<int32_t, std::vector<uint16_t>>> exact_halves(const Matrix& m) 
   const int32_t shifted = std::ilogb(extent.max_abs) - kLargestExponent;
   const bool as_is = quant::fits_half(extent, 0) && extent.max_abs < 512.0f;
   if (!as_is && (!quant::fits_half(extent, shifted) || shifted < -126 || shifted > 126)) {
-    return fail(ErrorCode::unsupported,
-                fmt::format("{}: its scales, up to {} in magnitude, have more range or more bits than FP16 with a common "
-                            "power of two; storing them would round the weights again: import the F16 or BF16 original",
-                            m.label, extent.max_abs));
+    return fail(
+        ErrorCode::unsupported,
+        fmt::format("{}: its scales, up to {} in magnitude, have more range or more bits than FP16 with a common "
+                    "power of two; storing them would round the weights again: import the F16 or BF16 original",
+                    m.label, extent.max_abs));
   }
   const int32_t exponent = as_is ? 0 : shifted;
   std::vector<uint16_t> halves(m.scales.size());
@@ -193,7 +199,8 @@ void sort_columns(const Matrix& m, uint32_t rows, std::vector<uint8_t>& codes) {
   }
 }
 
-// Parameters of the checkpoint's groups for rows [first, first + rows), in the container's groups: a longer group repeats.
+// Parameters of the checkpoint's groups for rows [first, first + rows), in the container's groups: a longer group
+// repeats.
 template <class Element>
 std::vector<Element> in_container_groups(const Matrix& m, const std::vector<Element>& of_checkpoint, uint32_t first,
                                          uint32_t rows, uint32_t group_elems) {

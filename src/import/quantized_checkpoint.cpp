@@ -28,9 +28,11 @@ std::string lower(std::string text) {
 }
 
 Unexpected unsupported(const std::string& path, const std::string& what) {
-  return fail(ErrorCode::unsupported,
-              fmt::format("{}: {}; read are 4-bit gptq, awq (gemm) and compressed-tensors (pack-quantized): import one of "
-                          "those, or the F16 or BF16 original", path, what));
+  return fail(
+      ErrorCode::unsupported,
+      fmt::format("{}: {}; read are 4-bit gptq, awq (gemm) and compressed-tensors (pack-quantized): import one of "
+                  "those, or the F16 or BF16 original",
+                  path, what));
 }
 
 // "group_size": -1 means the whole row.
@@ -56,7 +58,8 @@ Result<QuantizationConfig> read_gptq(const Settings& config) {
   SLUICE_TRY_ASSIGN(format, config.text("checkpoint_format", "gptq"));
   SLUICE_TRY_ASSIGN(is_marlin, config.flag("is_marlin_format", false));
   if ((format != "gptq" && format != "gptq_v2") || is_marlin) {
-    return unsupported(config.path(), fmt::format("GPTQ in checkpoint_format {}", in_quotes(is_marlin ? "marlin" : format)));
+    return unsupported(config.path(),
+                       fmt::format("GPTQ in checkpoint_format {}", in_quotes(is_marlin ? "marlin" : format)));
   }
   // GPTQModel: settings of single modules. "-:pattern" leaves modules as they are, which their tensors show.
   if (const Json* dynamic = config.find("dynamic"); dynamic != nullptr && dynamic->is_object()) {
@@ -121,7 +124,8 @@ Result<QuantizationConfig> read_compressed(const Settings& config, const LogHook
     }
   }
   if (config.find("kv_cache_scheme") != nullptr) {
-    log_warning(log, fmt::format("{}: the KV cache is not quantized as kv_cache_scheme says; it stays FP16", config.path()));
+    log_warning(log,
+                fmt::format("{}: the KV cache is not quantized as kv_cache_scheme says; it stays FP16", config.path()));
   }
   const Json* groups = config.find("config_groups");
   if (groups == nullptr || !groups->is_object() || groups->empty()) {
@@ -165,7 +169,11 @@ PartNames part_names(Packing packing) {
 class Locator {
  public:
   Locator(const Shards& shards, const WantedTensor& wanted, const QuantizationConfig& config)
-      : shards_(shards), wanted_(wanted), config_(config), stem_(stem_of(wanted.name)), names_(part_names(config.packing)) {}
+      : shards_(shards),
+        wanted_(wanted),
+        config_(config),
+        stem_(stem_of(wanted.name)),
+        names_(part_names(config.packing)) {}
 
   Result<std::optional<SourceTensor>> locate() {
     if (wanted_.vector || !shards_.where.contains(stem_ + names_.codes)) return std::optional<SourceTensor>();
@@ -176,13 +184,13 @@ class Locator {
     const uint64_t rows = wanted_.rows, cols = wanted_.cols;
     const bool compressed = config_.packing == Packing::compressed;
     if (!compressed && (rows % kCodesPerWord != 0 || cols % kCodesPerWord != 0)) {
-      return fail(ErrorCode::corrupt, fmt::format("{}: a matrix of {}x{} cannot be packed by eights", label(names_.codes),
-                                                  rows, cols));
+      return fail(ErrorCode::corrupt,
+                  fmt::format("{}: a matrix of {}x{} cannot be packed by eights", label(names_.codes), rows, cols));
     }
-    const std::vector<uint64_t> code_shape =
-        compressed                     ? std::vector<uint64_t>{rows, ceil_div(cols, kCodesPerWord)}
-        : config_.packing == Packing::awq ? std::vector<uint64_t>{cols, rows / kCodesPerWord}
-                                       : std::vector<uint64_t>{cols / kCodesPerWord, rows};
+    const std::vector<uint64_t> code_shape = compressed ? std::vector<uint64_t>{rows, ceil_div(cols, kCodesPerWord)}
+                                             : config_.packing == Packing::awq
+                                                 ? std::vector<uint64_t>{cols, rows / kCodesPerWord}
+                                                 : std::vector<uint64_t>{cols / kCodesPerWord, rows};
     SLUICE_TRY(require(names_.codes, {"I32"}, code_shape, packed.codes));
     const std::vector<uint64_t> scale_shape =
         compressed ? std::vector<uint64_t>{rows, groups} : std::vector<uint64_t>{groups, rows};
@@ -190,7 +198,8 @@ class Locator {
     packed.scale_type = *source_type_of_dtype(dtype);
     const std::vector<uint64_t> zero_shape = compressed ? std::vector<uint64_t>{ceil_div(rows, kCodesPerWord), groups}
                                                         : std::vector<uint64_t>{groups, rows / kCodesPerWord};
-    const bool needs_zeros = !config_.symmetric || packed.packing == Packing::gptq_v1 || packed.packing == Packing::gptq_v2;
+    const bool needs_zeros =
+        !config_.symmetric || packed.packing == Packing::gptq_v1 || packed.packing == Packing::gptq_v2;
     SLUICE_TRY(optional(names_.zeros, needs_zeros, zero_shape, packed.zeros));
     SLUICE_TRY(optional(names_.group_index, false, {cols}, packed.group_index));
     if (compressed) SLUICE_TRY(check_weight_shape());
@@ -239,7 +248,8 @@ class Locator {
     return tensor.dtype;
   }
 
-  Status optional(const char* part, bool needed, const std::vector<uint64_t>& shape, std::optional<FilePart>& out) const {
+  Status optional(const char* part, bool needed, const std::vector<uint64_t>& shape,
+                  std::optional<FilePart>& out) const {
     if (!needed && !shards_.where.contains(stem_ + part)) return {};
     FilePart found;
     SLUICE_TRY(require(part, {"I32"}, shape, found));
@@ -299,7 +309,8 @@ Result<std::optional<SourceTensor>> locate_packed(const Shards& shards, const Wa
 std::set<std::string> packed_part_names(const SourceTensor& tensor) {
   const std::string stem = stem_of(tensor.name);
   const PartNames names = part_names(tensor.packed->packing);
-  return {stem + names.codes, stem + names.scales, stem + names.zeros, stem + names.group_index, stem + ".weight_shape"};
+  return {stem + names.codes, stem + names.scales, stem + names.zeros, stem + names.group_index,
+          stem + ".weight_shape"};
 }
 
 }  // namespace sluice::import

@@ -53,7 +53,8 @@ Result<Shards> open_indexed(const std::string& folder, const std::string& index_
     }
     if (!shards.indices[shard->second].contains(tensor)) {
       return fail(ErrorCode::corrupt, fmt::format("{}: tensor {} is missing, {} says it is here; download the folder "
-                                                  "again", shards.files[shard->second].path, in_quotes(tensor), index_path));
+                                                  "again",
+                                                  shards.files[shard->second].path, in_quotes(tensor), index_path));
     }
     shards.where.emplace(tensor, shard->second);
   }
@@ -77,7 +78,8 @@ Result<Shards> open_shards(const std::string& folder) {
   if (!exists(single) && exists(index)) return open_indexed(folder, index);
   if (!exists(single)) {
     return fail(ErrorCode::not_found, fmt::format("{}: neither model.safetensors nor model.safetensors.index.json is "
-                                                  "there; other formats of weights are not read", folder));
+                                                  "there; other formats of weights are not read",
+                                                  folder));
   }
   Shards shards;
   SLUICE_TRY(add_file(single, shards));

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A tensor of 128256 x 8192 is 4 GB as floats, so import never holds a whole one. Rows go through in slabs of about a
 // million weights: read, decode, encode on worker threads, append in order on the caller's. That works because every
-// plane is row-tile major, so the planes of a slab are consecutive pieces of the tensor's planes. `values` streams to the
-// file; scales and the like, a thirtieth of it, wait in memory until the values are complete.
+// plane is row-tile major, so the planes of a slab are consecutive pieces of the tensor's planes. `values` streams to
+// the file; scales and the like, a thirtieth of it, wait in memory until the values are complete.
 #pragma once
 
 #include <algorithm>

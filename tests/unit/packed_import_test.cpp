@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrices published as INT4 into containers: every weight must be the one that the publisher's own arithmetic gives. The
-// words are packed here from the descriptions of the formats, not by the importer's code.
+// Matrices published as INT4 into containers: every weight must be the one that the publisher's own arithmetic gives.
+// The words are packed here from the descriptions of the formats, not by the importer's code.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -26,7 +26,7 @@ enum class Form { gptq_v1, gptq_v2, awq, compressed };
 
 struct Kind {
   Form form = Form::gptq_v1;
-  uint32_t group = 32;        // 0: one per row
+  uint32_t group = 32;  // 0: one per row
   bool symmetric = false;
   bool act_order = false;
   std::string scale_dtype = "F16";
@@ -39,16 +39,17 @@ struct Kind {
 // One matrix in full: what was packed and what it means.
 struct Made {
   uint32_t rows = 0, cols = 0, group = 0, groups = 0;
-  std::vector<uint8_t> codes, zeros;     // [rows][cols], [rows][groups]
-  std::vector<float> scales;             // [rows][groups]
-  std::vector<int32_t> g_idx;            // [cols]
+  std::vector<uint8_t> codes, zeros;  // [rows][cols], [rows][groups]
+  std::vector<float> scales;          // [rows][groups]
+  std::vector<int32_t> g_idx;         // [cols]
   std::vector<float> values() const {
     std::vector<float> out(codes.size());
     for (uint32_t n = 0; n < rows; ++n) {
       for (uint32_t k = 0; k < cols; ++k) {
         const size_t at = size_t{n} * groups + static_cast<size_t>(g_idx[k]);
         out[size_t{n} * cols + k] =
-            static_cast<float>(static_cast<int>(codes[size_t{n} * cols + k]) - static_cast<int>(zeros[at])) * scales[at];
+            static_cast<float>(static_cast<int>(codes[size_t{n} * cols + k]) - static_cast<int>(zeros[at])) *
+            scales[at];
       }
     }
     return out;
@@ -129,13 +130,11 @@ void put_matrix(SafetensorsMaker& file, const std::string& stem, const Made& m, 
   }
   const bool awq = kind.form == Form::awq;
   if (awq) {
-    tensors[stem + ".qweight"] = words(m.cols, m.rows / 8, [&](uint32_t k, uint32_t c, uint32_t i) {
-      return code(8 * c + kAwq[i], k);
-    });
+    tensors[stem + ".qweight"] =
+        words(m.cols, m.rows / 8, [&](uint32_t k, uint32_t c, uint32_t i) { return code(8 * c + kAwq[i], k); });
   } else {
-    tensors[stem + ".qweight"] = words(m.cols / 8, m.rows, [&](uint32_t r, uint32_t n, uint32_t i) {
-      return code(n, 8 * r + i);
-    });
+    tensors[stem + ".qweight"] =
+        words(m.cols / 8, m.rows, [&](uint32_t r, uint32_t n, uint32_t i) { return code(n, 8 * r + i); });
     tensors[stem + ".g_idx"] = {"I32", {m.cols}, index};
   }
   tensors[stem + ".qzeros"] = words(m.groups, m.rows / 8, [&](uint32_t g, uint32_t c, uint32_t i) {
@@ -150,18 +149,22 @@ Json config_of(const Kind& kind) {
     return {{"quant_method", "awq"}, {"bits", 4}, {"group_size", group}, {"zero_point", true}, {"version", "gemm"}};
   }
   if (kind.form == Form::compressed) {
-    const Json weights = {{"num_bits", 4}, {"type", "int"}, {"symmetric", kind.symmetric},
+    const Json weights = {{"num_bits", 4},
+                          {"type", "int"},
+                          {"symmetric", kind.symmetric},
                           {"strategy", kind.group == 0 ? "channel" : "group"},
                           {"group_size", kind.group == 0 ? Json() : Json(group)}};
-    return {{"quant_method", "compressed-tensors"}, {"format", "pack-quantized"},
+    return {{"quant_method", "compressed-tensors"},
+            {"format", "pack-quantized"},
             {"config_groups", {{"group_0", {{"targets", {"Linear"}}, {"weights", weights}}}}}};
   }
-  return {{"quant_method", "gptq"}, {"bits", 4}, {"group_size", group}, {"sym", kind.symmetric},
+  return {{"quant_method", "gptq"},     {"bits", 4},
+          {"group_size", group},        {"sym", kind.symmetric},
           {"desc_act", kind.act_order}, {"checkpoint_format", kind.form == Form::gptq_v1 ? "gptq" : "gptq_v2"}};
 }
 
-const std::pair<Role, const char*> kMatrices[] = {{Role::q, "self_attn.q_proj"}, {Role::k, "self_attn.k_proj"},
-                                                  {Role::down, "mlp.down_proj"}};
+const std::pair<Role, const char*> kMatrices[] = {
+    {Role::q, "self_attn.q_proj"}, {Role::k, "self_attn.k_proj"}, {Role::down, "mlp.down_proj"}};
 
 // The llama3 golden shapes (128 and 256 columns) with some matrices of layer 0 packed.
 struct PackedFolder : Folder {
@@ -255,7 +258,8 @@ TEST_CASE("scales beyond FP16's range stay exact by a power of two, and are refu
   }
   SECTION("some small") {
     rescale(0x1p-60f, 2);
-    refuses(folder, folder.run(), ErrorCode::unsupported, {"q_proj.weight_packed", "more range or more bits than FP16"});
+    refuses(folder, folder.run(), ErrorCode::unsupported,
+            {"q_proj.weight_packed", "more range or more bits than FP16"});
   }
   SECTION("too many bits") {
     kind.scale_dtype = "F32";
@@ -430,16 +434,16 @@ TEST_CASE("a backend that does not gather its inputs refuses a model in act-orde
   backend::Shape shape = exec::Engine::shape_of(container.manifest());
   shape.context = backend::kKvBlockTokens;
   shape.max_logit_rows = 1;
-  const plan::Inputs inputs{.device_budget_bytes = kGiB,
-                            .max_rows = 1,
-                            .fixed_need = [](uint32_t) { return plan::FixedNeed(); }};
+  const plan::Inputs inputs{
+      .device_budget_bytes = kGiB, .max_rows = 1, .fixed_need = [](uint32_t) { return plan::FixedNeed(); }};
   auto planned = plan::make_plan(container.manifest(), inputs);
   REQUIRE(planned);
   const auto engine =
       exec::Engine::open(std::move(container), std::move(*planned), std::make_unique<MemoryBackend>(), shape, {});
   REQUIRE_FALSE(engine);
   CHECK(engine.error().code == ErrorCode::unsupported);
-  CHECK(mentions(engine.error(), "q_proj.weight has its columns in act-order, which the memory backend does not compute"));
+  CHECK(mentions(engine.error(),
+                 "q_proj.weight has its columns in act-order, which the memory backend does not compute"));
 }
 
 TEST_CASE("folders of older writers say how they were quantized in a file of its own") {

@@ -200,6 +200,12 @@ Status CpuBackend::run(const Op& op) {
   return fail(ErrorCode::internal, fmt::format("operation {} is unknown to the CPU backend", static_cast<int>(op.kind)));
 }
 
+Status CpuBackend::read_slot(Slot from, std::span<float> out) {
+  SLUICE_CHECK(out.size() == size_t{active_rows_} * width(from));
+  std::memcpy(out.data(), slot(from), out.size_bytes());
+  return {};
+}
+
 Status CpuBackend::finish_pass(std::span<float> logits) {
   SLUICE_CHECK(logits.empty() || logits.size() == size_t{wanted_rows_} * shape_.vocab);
   if (!logits.empty()) std::memcpy(logits.data(), slot(Slot::logits), logits.size_bytes());
@@ -231,6 +237,11 @@ Status CpuBackend::load_kv(uint32_t session, uint32_t tokens, std::span<const st
 }  // namespace sluice::backend::cpu
 
 namespace sluice::backend {
+
+Status Backend::read_slot(Slot, std::span<float>) {
+  return fail(ErrorCode::unsupported, fmt::format("the {} backend does not give its activations; calibrate with --backend "
+                                                  "cpu", name()));
+}
 
 Result<std::unique_ptr<Backend>> make_cpu_backend(const CpuOptions& options) {
   const uint32_t threads = options.threads != 0 ? options.threads : cpu::physical_cores();

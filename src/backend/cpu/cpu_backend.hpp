@@ -63,6 +63,7 @@ class CpuBackend final : public Backend {
 
   Status begin_pass(std::span<const Row> rows, std::span<const float> embeddings) override;
   Status run(const Op& op) override;
+  Status read_slot(Slot slot, std::span<float> out) override;
   Status finish_pass(std::span<float> logits) override;
 
   uint64_t kv_bytes(uint32_t tokens) const override { return kv_.saved_bytes(tokens); }

@@ -236,6 +236,30 @@ struct ImportReport {
 };
 SLUICE_API Result<ImportReport> import_model(const ImportOptions& options);
 
+// A checkpoint into a container by a recipe (configs/recipes/*.toml), with GPTQ where it asks for that.
+enum class QuantizeMethod { recipe, rtn, gptq };
+struct QuantizeOptions {
+  std::string source, output, recipe;
+  std::vector<std::string> calibration;  // *.txt, *.jsonl; needed for GPTQ
+  QuantizeMethod method = QuantizeMethod::recipe;   // of INT4
+  uint32_t windows = 128, window = 2048; // of calibration text, in tokens
+  float damp = 0.01f;
+  bool restart = false;                  // throw away the layers that an interrupted run left in OUTPUT.work
+  std::string backend = "auto";
+  uint32_t threads = 0;                  // 0: one per core
+  LogHook log;
+  std::function<void(uint64_t done, uint64_t total, const std::string& detail)> progress;
+};
+struct QuantizeReport {
+  uint64_t tensors = 0, bytes = 0;
+  uint32_t resumed_layers = 0;
+  double bits_per_weight = 0;            // of the matrices in the layers
+  double seconds = 0;
+  std::string json;                      // with the error of every matrix
+};
+// Interrupted, even killed, it goes on where it was when called again with the same options.
+SLUICE_API Result<QuantizeReport> quantize_model(const QuantizeOptions& options);
+
 struct SynthOptions {
   std::string model_toml;            // configs/models/NAME.toml
   std::string output;

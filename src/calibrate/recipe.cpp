@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "calibrate/recipe.hpp"
+
+#include <fmt/format.h>
+#include <fnmatch.h>
+
+#include <algorithm>
+#include <charconv>
+#include <string_view>
+
+#include "import/toml_table.hpp"
+
+namespace sluice::calibrate {
+namespace {
+
+using import::in_quotes;
+using import::TomlTable;
+using storage::Scheme;
+
+Unexpected bad(const std::string& where, const std::string& what) {
+  return fail(ErrorCode::corrupt, fmt::format("{}: {}", where, what));
+}
+
+// "0-3, 28, 30-31" into ranges.
+Result<std::vector<std::pair<int32_t, int32_t>>> parse_layers(std::string_view text, const std::string& where) {
+  std::vector<std::pair<int32_t, int32_t>> ranges;
+  const auto number = [&](const char*& at) -> std::optional<int32_t> {
+    int32_t value = 0;
+    const auto [end, error] = std::from_chars(at, text.data() + text.size(), value);
+    if (error != std::errc() || value < 0) return std::nullopt;
+    at = end;
+    return value;
+  };
+  const char* at = text.data();
+  const char* const end = text.data() + text.size();
+  const auto skip_spaces = [&] {
+    while (at != end && *at == ' ') ++at;
+  };
+  while (true) {
+    skip_spaces();
+    const std::optional<int32_t> first = number(at);
+    std::optional<int32_t> last = first;
+    if (first && at != end && *at == '-') last = number(++at);
+    skip_spaces();
+    if (!first || !last || *last < *first || (at != end && *at != ',')) {
+      return bad(where, fmt::format("layers {}, expected numbers and ranges such as \"0-3, 28\"", in_quotes(text)));
+    }
+    ranges.emplace_back(*first, *last);
+    if (at == end) return ranges;
+    ++at;
+  }
+}
+
+Result<std::vector<std::string>> parse_patterns(const toml::table& table, const std::string& where) {
+  std::vector<std::string> patterns;
+  if (const auto one = table["tensors"].value<std::string>()) patterns.push_back(*one);
+  if (const toml::array* many = table["tensors"].as_array()) {
+    for (const toml::node& node : *many) {
+      const auto pattern = node.value<std::string>();
+      if (!pattern) return bad(where, "\"tensors\" has an entry that is no text");
+      patterns.push_back(*pattern);
+    }
+  }
+  if (patterns.empty()) return bad(where, "\"tensors\" is missing; it takes a pattern or a list of them");
+  return patterns;
+}
+
+Result<std::optional<Scheme>> parse_scheme(const std::string& text, const std::string& where) {
+  if (text == "keep") return std::optional<Scheme>();
+  for (const Scheme scheme : {Scheme::f16, Scheme::bf16, Scheme::int8, Scheme::int4}) {
+    if (text == storage::name_of(scheme)) return std::optional(scheme);
+  }
+  return bad(where, fmt::format("scheme {}; there are keep, f16, bf16, int8 and int4", in_quotes(text)));
+}
+
+Result<Rule> parse_rule(const toml::table& table, const std::string& path) {
+  Rule rule;
+  rule.line = table.source().begin.line;
+  const std::string where = fmt::format("{}: rule in line {}", path, rule.line);
+  TomlTable keys(table, where);
+  SLUICE_TRY_ASSIGN(patterns, parse_patterns(table, where));
+  keys.ask("tensors");
+  SLUICE_TRY_ASSIGN(scheme_name, keys.value<std::string>("scheme"));
+  SLUICE_TRY_ASSIGN(scheme, parse_scheme(scheme_name, where));
+  SLUICE_TRY_ASSIGN(group, keys.value<int64_t>("group", 128));
+  SLUICE_TRY_ASSIGN(method, keys.value<std::string>("method", "rtn"));
+  SLUICE_TRY_ASSIGN(symmetric, keys.value<bool>("symmetric", true));
+  SLUICE_TRY_ASSIGN(layers, keys.value<std::string>("layers", ""));
+  SLUICE_TRY(keys.refuse_others());
+  if (group != 32 && group != 64 && group != 128)
+    return bad(where, fmt::format("group {}; there are 32, 64 and 128", group));
+  if (method != "rtn" && method != "gptq") {
+    return bad(where, fmt::format("method {}; there are rtn and gptq", in_quotes(method)));
+  }
+  const bool by_gptq = scheme == Scheme::int4 && method == "gptq";
+  if (method == "gptq" && !by_gptq) return bad(where, "gptq makes int4; leave the method away with another scheme");
+  if (!symmetric && !by_gptq) return bad(where, "zero points (symmetric = false) need scheme int4 and method gptq");
+  rule.patterns = std::move(patterns);
+  rule.choice = {.scheme = scheme,
+                 .group_elems = static_cast<uint32_t>(group),
+                 .method = by_gptq ? Method::gptq : Method::rtn,
+                 .symmetric = symmetric};
+  if (!layers.empty()) {
+    SLUICE_TRY_ASSIGN(ranges, parse_layers(layers, where));
+    rule.layers = std::move(ranges);
+  }
+  return rule;
+}
+
+bool matches(const Rule& rule, const import::SourceTensor& tensor) {
+  const auto in_layer = [&](const auto& range) { return range.first <= tensor.layer && tensor.layer <= range.second; };
+  if (!rule.layers.empty() && std::none_of(rule.layers.begin(), rule.layers.end(), in_layer)) return false;
+  return std::any_of(rule.patterns.begin(), rule.patterns.end(), [&](const std::string& pattern) {
+    return ::fnmatch(pattern.c_str(), tensor.name.c_str(), 0) == 0;
+  });
+}
+
+}  // namespace
+
+Result<Recipe> read_recipe(const std::string& path) {
+  SLUICE_TRY_ASSIGN(root, import::read_toml(path));
+  TomlTable keys(root, path);
+  SLUICE_TRY_ASSIGN(description, keys.value<std::string>("description", ""));
+  keys.ask("rule");
+  SLUICE_TRY(keys.refuse_others());
+  Recipe recipe{.path = path, .description = std::move(description), .rules = {}};
+  const toml::array* rules = root["rule"].as_array();
+  if (rules == nullptr || rules->empty()) return bad(path, "there is no [[rule]]");
+  for (const toml::node& node : *rules) {
+    const toml::table* table = node.as_table();
+    if (table == nullptr) return bad(path, "a rule is not a table; write [[rule]]");
+    SLUICE_TRY_ASSIGN(rule, parse_rule(*table, path));
+    recipe.rules.push_back(std::move(rule));
+  }
+  return recipe;
+}
+
+Result<std::vector<std::optional<Choice>>> apply_recipe(const Recipe& recipe,
+                                                        const std::vector<import::SourceTensor>& tensors,
+                                                        std::optional<Method> method) {
+  std::vector<std::optional<Choice>> choices(tensors.size());
+  std::vector<bool> used(recipe.rules.size(), false);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const import::SourceTensor& tensor = tensors[i];
+    if (tensor.vector) continue;
+    const auto rule = std::find_if(recipe.rules.begin(), recipe.rules.end(),
+                                   [&](const Rule& candidate) { return matches(candidate, tensor); });
+    if (rule == recipe.rules.end()) {
+      return fail(ErrorCode::usage, fmt::format("{}: no rule matches tensor {}; end the recipe with a rule for \"*\"",
+                                                recipe.path, in_quotes(tensor.name)));
+    }
+    used[static_cast<size_t>(rule - recipe.rules.begin())] = true;
+    Choice choice = rule->choice;
+    if (tensor.role == storage::Role::token_embedding && choice.scheme == Scheme::int4) {
+      return fail(ErrorCode::usage,
+                  fmt::format("{}: rule in line {} makes the embedding int4, whose rows are read one at a "
+                              "time; give \"*embed_tokens*\" a rule with int8 or f16 before it",
+                              recipe.path, rule->line));
+    }
+    if (choice.scheme == Scheme::int4 && method) choice.method = *method;
+    if (choice.method == Method::rtn) choice.symmetric = true;
+    if (tensor.layer < 0) choice.method = Method::rtn, choice.symmetric = true;
+    choices[i] = choice;
+  }
+  const auto idle = std::find(used.begin(), used.end(), false);
+  if (idle != used.end()) {
+    const Rule& rule = recipe.rules[static_cast<size_t>(idle - used.begin())];
+    return fail(ErrorCode::usage,
+                fmt::format("{}: the rule in line {} ({}) gets no tensor of this model: its pattern has a "
+                            "typo, or rules before it take all",
+                            recipe.path, rule.line, in_quotes(rule.patterns.front())));
+  }
+  return choices;
+}
+
+}  // namespace sluice::calibrate

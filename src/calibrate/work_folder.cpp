@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "calibrate/work_folder.hpp"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+
+#include "base/units.hpp"
+#include "import/source_file.hpp"
+#include "storage/checksum.hpp"
+
+namespace sluice::calibrate {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using storage::PlaneKind;
+
+constexpr uint64_t kMaxJobBytes = 16 * kMiB;
+constexpr const char* kPartial = ".part";
+
+Unexpected failed(const std::string& path, const char* what) {
+  const int code = errno;
+  return fail(ErrorCode::io,
+              fmt::format("{}: cannot {}: {}; the finished layers are kept, run the command again", path, what,
+                          std::strerror(code)),
+              code);
+}
+
+Status write_all(int fd, std::span<const std::byte> bytes, const std::string& path) {
+  while (!bytes.empty()) {
+    const ssize_t wrote = ::write(fd, bytes.data(), bytes.size());
+    if (wrote < 0 && errno == EINTR) continue;
+    if (wrote < 0) return failed(path, "be written");
+    bytes = bytes.subspan(static_cast<size_t>(wrote));
+  }
+  return {};
+}
+
+Result<UniqueFd> create(const std::string& path) {
+  UniqueFd fd(::open(path.c_str(), O_CREAT | O_TRUNC | O_WRONLY | O_CLOEXEC, 0644));
+  if (!fd) return failed(path, "be made");
+  return fd;
+}
+
+Status sync_folder(const std::string& folder) {
+  const UniqueFd fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!fd || ::fsync(fd.get()) != 0) return failed(folder, "be synced");
+  return {};
+}
+
+// Under its own name only when all of it is on the drive.
+Status commit(UniqueFd fd, const std::string& path, const std::string& folder) {
+  if (::fsync(fd.get()) != 0) return failed(path, "be synced");
+  if (::rename((path + kPartial).c_str(), path.c_str()) != 0) return failed(path, "be renamed");
+  return sync_folder(folder);
+}
+
+Status write_file(const std::string& path, const std::string& folder, const std::string& text) {
+  SLUICE_TRY_ASSIGN(fd, create(path + kPartial));
+  SLUICE_TRY(write_all(fd.get(), std::as_bytes(std::span(text)), path));
+  return commit(std::move(fd), path, folder);
+}
+
+// What a tensor is, planes included.
+Json describe(const EncodedTensor& encoded) {
+  const storage::Tensor& t = encoded.tensor;
+  Json planes = Json::array();
+  for (const auto& [kind, bytes] : planes_of(encoded.planes)) planes.push_back({static_cast<int>(kind), bytes->size()});
+  return {{"name", t.name},
+          {"role", static_cast<int>(t.role)},
+          {"layer", t.layer},
+          {"rows", t.rows},
+          {"cols", t.cols},
+          {"scheme", static_cast<int>(t.scheme)},
+          {"layout", static_cast<int>(t.layout)},
+          {"group", t.group_elems},
+          {"scale_exponent", t.scale_exponent},
+          {"planes", std::move(planes)}};
+}
+
+std::vector<std::byte>* plane_of(quant::Planes& planes, PlaneKind kind) {
+  switch (kind) {
+    case PlaneKind::values:
+      return &planes.values;
+    case PlaneKind::scales:
+      return &planes.scales;
+    case PlaneKind::zeros:
+      return &planes.zeros;
+    case PlaneKind::bias:
+      return &planes.bias;
+    default:
+      return nullptr;
+  }
+}
+
+EncodedTensor tensor_from(const Json& json) {
+  EncodedTensor encoded;
+  storage::Tensor& t = encoded.tensor;
+  t.name = json["name"];
+  t.role = static_cast<storage::Role>(json["role"].get<int>());
+  t.layer = json["layer"];
+  t.rows = json["rows"];
+  t.cols = json["cols"];
+  t.scheme = static_cast<storage::Scheme>(json["scheme"].get<int>());
+  t.layout = static_cast<storage::Layout>(json["layout"].get<int>());
+  t.group_elems = json["group"];
+  t.scale_exponent = json["scale_exponent"];
+  for (const Json& plane : json["planes"]) {
+    if (auto* bytes = plane_of(encoded.planes, static_cast<PlaneKind>(plane[0].get<int>()))) bytes->resize(plane[1]);
+  }
+  place_planes(encoded);
+  return encoded;
+}
+
+bool is_there(const std::string& path) {
+  struct stat info = {};
+  return ::stat(path.c_str(), &info) == 0;
+}
+
+}  // namespace
+
+Result<WorkFolder> WorkFolder::open(const std::string& path, const Json& job, bool restart) {
+  WorkFolder self(path);
+  std::error_code error;
+  if (restart) std::filesystem::remove_all(path, error);
+  std::filesystem::create_directories(path, error);
+  if (error) {
+    return fail(ErrorCode::io, fmt::format("{}: the folder cannot be made: {}", path, error.message()), error.value());
+  }
+  const std::string job_path = path + "/job.json";
+  const std::string wanted = job.dump(2);
+  if (is_there(job_path)) {
+    SLUICE_TRY_ASSIGN(found, import::read_text_file(job_path, kMaxJobBytes));
+    if (found != wanted) {
+      return fail(ErrorCode::usage,
+                  fmt::format("{}: holds the layers of another quantization (source, recipe, calibration or "
+                              "options differ); give --restart to throw them away",
+                              path));
+    }
+    while (is_there(self.layer_path(self.layers_done_))) ++self.layers_done_;
+  } else {
+    SLUICE_TRY(write_file(job_path, path, wanted));
+  }
+  return self;
+}
+
+std::string WorkFolder::states_path(uint32_t layer) const { return fmt::format("{}/states-{}", path_, layer); }
+std::string WorkFolder::layer_path(uint32_t layer) const { return fmt::format("{}/layer-{}", path_, layer); }
+
+bool WorkFolder::has_states(uint32_t layer) const { return is_there(states_path(layer)); }
+
+Result<UniqueFd> WorkFolder::open_states(uint32_t layer) const { return open_file(states_path(layer), O_RDONLY); }
+
+Status WorkFolder::read_states(const UniqueFd& fd, uint32_t layer, uint64_t offset_bytes, std::span<float> out) const {
+  return read_exactly(fd.get(), std::as_writable_bytes(out), offset_bytes, states_path(layer));
+}
+
+Result<UniqueFd> WorkFolder::begin_states(uint32_t layer) const { return create(states_path(layer) + kPartial); }
+
+Status WorkFolder::append_states(const UniqueFd& fd, uint32_t layer, std::span<const float> states) const {
+  return write_all(fd.get(), std::as_bytes(states), states_path(layer));
+}
+
+Status WorkFolder::finish_states(UniqueFd fd, uint32_t layer) const {
+  return commit(std::move(fd), states_path(layer), path_);
+}
+
+// u64 bytes of the JSON, the JSON, the planes in its order, u64 xxh3 of everything before.
+Status WorkFolder::finish_layer(uint32_t layer, const std::vector<EncodedTensor>& tensors, const Json& notes) {
+  const std::string path = layer_path(layer);
+  Json described = Json::array();
+  for (const EncodedTensor& encoded : tensors) described.push_back(describe(encoded));
+  const std::string head = Json{{"tensors", std::move(described)}, {"notes", notes}}.dump();
+  SLUICE_TRY_ASSIGN(fd, create(path + kPartial));
+  storage::StreamingChecksum sum;
+  const auto put = [&](std::span<const std::byte> bytes) {
+    sum.update(bytes);
+    return write_all(fd.get(), bytes, path);
+  };
+  const uint64_t head_bytes = head.size();
+  SLUICE_TRY(put(std::as_bytes(std::span(&head_bytes, 1))));
+  SLUICE_TRY(put(std::as_bytes(std::span(head))));
+  for (const EncodedTensor& encoded : tensors) {
+    for (const auto& plane : planes_of(encoded.planes)) SLUICE_TRY(put(*plane.second));
+  }
+  const uint64_t checksum = sum.finish();
+  SLUICE_TRY(write_all(fd.get(), std::as_bytes(std::span(&checksum, 1)), path));
+  SLUICE_TRY(commit(std::move(fd), path, path_));
+  layers_done_ = layer + 1;
+  static_cast<void>(::unlink(states_path(layer).c_str()));  // left behind, it is only in the way
+  return {};
+}
+
+Result<WorkFolder::Layer> WorkFolder::read_layer(uint32_t layer) const {
+  const std::string path = layer_path(layer);
+  SLUICE_TRY_ASSIGN(fd, open_file(path, O_RDONLY));
+  SLUICE_TRY_ASSIGN(bytes, import::regular_file_bytes(fd, path));
+  std::vector<std::byte> whole(bytes);
+  SLUICE_TRY(read_exactly(fd.get(), whole, 0, path));
+  uint64_t head_bytes = 0, expected = 0;
+  const auto damaged = [&] {
+    return fail(ErrorCode::corrupt,
+                fmt::format("{}: it is damaged; remove it and the layers after it, or give --restart", path));
+  };
+  if (bytes < 2 * sizeof(uint64_t)) return damaged();
+  std::memcpy(&head_bytes, whole.data(), sizeof head_bytes);
+  std::memcpy(&expected, whole.data() + bytes - sizeof expected, sizeof expected);
+  if (storage::checksum(std::span(whole).first(bytes - sizeof expected)) != expected) return damaged();
+  const auto* text = reinterpret_cast<const char*>(whole.data()) + sizeof head_bytes;
+  const Json head = Json::parse(text, text + head_bytes);  // the checksum says that we wrote it
+  Layer read;
+  read.notes = head["notes"];
+  uint64_t at = sizeof head_bytes + head_bytes;
+  for (const Json& json : head["tensors"]) {
+    read.tensors.push_back(tensor_from(json));
+    for (const auto& plane : planes_of(read.tensors.back().planes)) {
+      auto* into = const_cast<std::vector<std::byte>*>(plane.second);
+      std::memcpy(into->data(), whole.data() + at, into->size());
+      at += into->size();
+    }
+  }
+  return read;
+}
+
+Status WorkFolder::remove() const {
+  std::error_code error;
+  std::filesystem::remove_all(path_, error);
+  if (error)
+    return fail(ErrorCode::io, fmt::format("{}: cannot be removed: {}", path_, error.message()), error.value());
+  return {};
+}
+
+}  // namespace sluice::calibrate

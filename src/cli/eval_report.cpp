@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "eval_report.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+
+#include <fmt/format.h>
+
+#include "output.hpp"
+
+namespace sluice::cli {
+namespace {
+
+std::string name_of(const EvalRow& row) {
+  return row.file.substr(row.file.rfind('/') + 1) + (row.is_reference ? " (reference)" : "");
+}
+
+std::string number(const std::optional<double>& value, const char* otherwise = "") {
+  if (!value) return otherwise;
+  return *value == 0 ? "0" : std::fabs(*value) < 1e-3 ? fmt::format("{:.2e}", *value) : fmt::format("{:.4f}", *value);
+}
+
+std::string percent(const std::optional<double>& value) { return value ? fmt::format("{:.2f}%", *value * 100) : ""; }
+
+std::vector<std::string> cells(const EvalRow& row) {
+  return {name_of(row),
+          fmt::format("{:.3f}", row.perplexity),
+          number(row.kl_mean),
+          number(row.kl_p99),
+          percent(row.top1),
+          fmt::format("{:.3f}", row.bytes_per_weight),
+          bytes_text(row.file_bytes),
+          bytes_text(row.memory_bytes),
+          fmt::format("{:.1f}", row.tokens_per_second),
+          fmt::format("{:.0f}", row.prefill_tokens_per_second)};
+}
+
+const std::vector<std::string>& headings() {
+  static const std::vector<std::string> all = {
+      "file",         "perplexity", "KL mean", "KL p99",       "top-1 agreement",
+      "bytes/weight", "size",       "memory",  "decode tok/s", "prefill tok/s"};
+  return all;
+}
+
+std::string escaped(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    switch (c) {
+      case '<':
+        out += "&lt;";
+        break;
+      case '>':
+        out += "&gt;";
+        break;
+      case '&':
+        out += "&amp;";
+        break;
+      case '"':
+        out += "&quot;";
+        break;
+      default:
+        out += c;
+    }
+  }
+  return out;
+}
+
+// KL (logarithmic) over bytes per weight, one dot a file.
+std::string chart(const std::vector<EvalRow>& rows) {
+  constexpr double kWidth = 640, kHeight = 360, kMargin = 60;
+  double most_bytes = 0, least = 0, most = -20;
+  for (const EvalRow& row : rows) {
+    if (!row.kl_mean || *row.kl_mean <= 0) continue;
+    most_bytes = std::max(most_bytes, row.bytes_per_weight);
+    least = std::min(least, std::floor(std::log10(*row.kl_mean)));
+    most = std::max(most, std::ceil(std::log10(*row.kl_mean)));
+  }
+  if (most_bytes == 0) return "";
+  if (most <= least) most = least + 1;
+  const auto x = [&](double bytes) { return kMargin + bytes / (most_bytes * 1.1) * (kWidth - 2 * kMargin); };
+  const auto y = [&](double log_kl) { return kMargin + (most - log_kl) / (most - least) * (kHeight - 2 * kMargin); };
+  std::string svg =
+      fmt::format("<svg viewBox=\"0 0 {} {}\" width=\"{}\" font-family=\"sans-serif\" font-size=\"12\">\n", kWidth,
+                  kHeight, kWidth);
+  for (double power = least; power <= most; power += 1) {
+    svg += fmt::format(
+        "<line x1=\"{0}\" x2=\"{1}\" y1=\"{2:.1f}\" y2=\"{2:.1f}\" stroke=\"#ddd\"/>"
+        "<text x=\"8\" y=\"{3:.1f}\">1e{4:.0f}</text>\n",
+        kMargin, kWidth - kMargin, y(power), y(power) + 4, power);
+  }
+  for (const EvalRow& row : rows) {
+    if (!row.kl_mean || *row.kl_mean <= 0) continue;
+    const double at_x = x(row.bytes_per_weight), at_y = y(std::log10(*row.kl_mean));
+    svg += fmt::format(
+        "<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"4\" fill=\"#1663a9\"/><text x=\"{:.1f}\" y=\"{:.1f}\">{}</text>\n",
+        at_x, at_y, at_x + 7, at_y - 5, escaped(name_of(row)));
+  }
+  return svg + fmt::format(
+                   "<text x=\"{}\" y=\"{}\">bytes per weight</text><text x=\"8\" y=\"24\">mean KL, nats</text></svg>\n",
+                   kWidth / 2 - 50, kHeight - 12);
+}
+
+}  // namespace
+
+std::string to_markdown(const std::vector<EvalRow>& rows) {
+  std::string out = fmt::format("| {} |\n|", fmt::join(headings(), " | "));
+  for (size_t i = 0; i < headings().size(); ++i) out += i == 0 ? "---|" : "---:|";
+  out += "\n";
+  for (const EvalRow& row : rows) out += fmt::format("| {} |\n", fmt::join(cells(row), " | "));
+  return out;
+}
+
+nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const std::string& text, size_t windows,
+                               uint32_t window) {
+  using Json = nlohmann::ordered_json;
+  Json files = Json::array();
+  for (const EvalRow& row : rows) {
+    Json json = {{"file", row.file},
+                 {"reference", row.is_reference},
+                 {"perplexity", row.perplexity},
+                 {"positions", row.positions}};
+    if (row.kl_mean) json["kl_mean"] = *row.kl_mean;
+    if (row.kl_p99) json["kl_p99"] = *row.kl_p99;
+    if (row.top1) json["top1_agreement"] = *row.top1;
+    json["bytes_per_weight"] = row.bytes_per_weight;
+    json["file_bytes"] = row.file_bytes;
+    json["memory_bytes"] = row.memory_bytes;
+    json["decode_tokens_per_second"] = row.tokens_per_second;
+    json["prefill_tokens_per_second"] = row.prefill_tokens_per_second;
+    files.push_back(std::move(json));
+  }
+  return {{"text", text}, {"windows", windows}, {"window", window}, {"files", std::move(files)}};
+}
+
+Status write_html(const std::string& path, const std::vector<EvalRow>& rows) {
+  std::string html =
+      "<!DOCTYPE html>\n<html><head><meta charset=\"utf-8\"><title>sluice eval</title>\n"
+      "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:right}"
+      "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f4f4f4}</style></head><body>\n"
+      "<h1>Quantization loss</h1>\n<table><tr>";
+  for (const std::string& heading : headings()) html += "<th>" + escaped(heading) + "</th>";
+  html += "</tr>\n";
+  for (const EvalRow& row : rows) {
+    html += "<tr>";
+    for (const std::string& cell : cells(row)) html += "<td>" + escaped(cell) + "</td>";
+    html += "</tr>\n";
+  }
+  html += "</table>\n" + chart(rows) + "</body></html>\n";
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file << html;
+  file.close();
+  if (!file) return fail(ErrorCode::io, fmt::format("{}: cannot be written", path));
+  return {};
+}
+
+}  // namespace sluice::cli

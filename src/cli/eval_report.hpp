@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table that `sluice eval` prints.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "sluice/result.hpp"
+
+namespace sluice::cli {
+
+struct EvalRow {
+  std::string file;
+  bool is_reference = false;
+  double perplexity = 0;
+  uint64_t positions = 0;                 // predicted tokens
+  std::optional<double> kl_mean, kl_p99;  // nats; against the reference, where one was given
+  std::optional<double> top1;             // share of positions with the same best token
+  double bytes_per_weight = 0;            // matrices, scales included
+  uint64_t file_bytes = 0;
+  uint64_t memory_bytes = 0;  // weights in memory, rings, KV cache, scratch
+  double tokens_per_second = 0, prefill_tokens_per_second = 0;
+};
+
+std::string to_markdown(const std::vector<EvalRow>& rows);
+nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const std::string& text, size_t windows,
+                               uint32_t window);
+// One self-contained file: the table, and KL against bytes per weight as a chart. Error: io.
+Status write_html(const std::string& path, const std::vector<EvalRow>& rows);
+
+}  // namespace sluice::cli

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+// Quantization of whole models: what GPTQ gains, that every path gives a container that runs, and what is refused.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <random>
+
+#include <nlohmann/json.hpp>
+
+#include "golden_model.hpp"
+#include "model/utf8.hpp"
+#include "tiny_container.hpp"
+
+namespace {
+
+using namespace sluice;
+using namespace sluice::test;
+
+std::string recipe(const std::string& name) {
+  return std::string(std::getenv("SLUICE_RECIPES")) + "/" + name + ".toml";
+}
+
+// A golden model's folder with a tokenizer of one token a byte.
+struct Source {
+  TempFolder folder;
+  std::string path = folder.file("model");
+
+  explicit Source(const std::string& model) {
+    std::filesystem::create_directory(path);
+    for (const char* name : {"config.json", "model.safetensors"}) {
+      std::filesystem::copy_file(golden_folder(model) + "/" + name, path + "/" + name);
+    }
+    nlohmann::json vocab = nlohmann::json::object();
+    for (uint32_t byte = 0; byte < 256; ++byte) {
+      std::string text;
+      model::append_utf8(text, model::byte_alphabet_char(static_cast<uint8_t>(byte)));
+      vocab[text] = byte;
+    }
+    const nlohmann::json level = {
+        {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
+    std::ofstream(path + "/tokenizer.json")
+        << nlohmann::json{{"version", "1.0"},
+                          {"added_tokens", nlohmann::json::array()},
+                          {"normalizer", nullptr},
+                          {"pre_tokenizer", level},
+                          {"post_processor", nullptr},
+                          {"decoder", level},
+                          {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", nlohmann::json::array()}}}};
+  }
+
+  std::string text(const std::string& name, size_t bytes, uint32_t seed) const {
+    std::mt19937 random(seed);
+    std::string out;
+    for (size_t i = 0; i < bytes; ++i) out += static_cast<char>(32 + random() % 95);
+    std::ofstream(folder.file(name)) << out;
+    return folder.file(name);
+  }
+
+  QuantizeOptions options(const std::string& recipe_name) const {
+    QuantizeOptions options;
+    options.source = path;
+    options.output = folder.file(recipe_name + ".sluice");
+    options.recipe = recipe(recipe_name);
+    options.windows = 32;
+    options.window = 128;
+    options.threads = 2;
+    return options;
+  }
+};
+
+QuantizeReport quantized(const QuantizeOptions& options) {
+  Result<QuantizeReport> report = quantize_model(options);
+  INFO((report ? std::string() : report.error().message));
+  REQUIRE(report);
+  CHECK_FALSE(std::filesystem::exists(options.output + ".work"));
+  return std::move(*report);
+}
+
+// Mean KL divergence of the reference's distributions, nats.
+double mean_kl(const std::vector<float>& reference, const std::vector<float>& logits, size_t vocab) {
+  double sum = 0;
+  const size_t rows = logits.size() / vocab;
+  const auto log_total = [&](const float* row) {
+    double total = 0;
+    for (size_t i = 0; i < vocab; ++i) total += std::exp(static_cast<double>(row[i]));
+    return std::log(total);
+  };
+  for (size_t r = 0; r < rows; ++r) {
+    const float* p = reference.data() + r * vocab;
+    const float* q = logits.data() + r * vocab;
+    const double p_total = log_total(p), q_total = log_total(q);
+    for (size_t i = 0; i < vocab; ++i) {
+      const double log_p = static_cast<double>(p[i]) - p_total;
+      sum += std::exp(log_p) * (log_p - (static_cast<double>(q[i]) - q_total));
+    }
+  }
+  return sum / static_cast<double>(rows);
+}
+
+std::vector<float> logits_of(const std::string& path, const std::vector<int32_t>& tokens) {
+  const Model model = open_or_fail(path, {.context = 512, .backend = "cpu", .cpu_activations = Activations::f32});
+  return score_all(model, tokens);
+}
+
+std::string bytes_behind_header(const std::string& path) {
+  return read_whole(path).substr(4096);
+}  // the uuid is new each time
+
+void refused(const QuantizeOptions& options, ErrorCode code, const std::string& words) {
+  const Result<QuantizeReport> report = quantize_model(options);
+  REQUIRE_FALSE(report);
+  INFO(report.error().message);
+  CHECK(report.error().code == code);
+  CHECK(report.error().message.find(words) != std::string::npos);
+  CHECK_FALSE(std::filesystem::exists(options.output));
+}
+
+}  // namespace
+
+TEST_CASE("on golden shapes GPTQ has less than 0.9 of the divergence of rounding to nearest") {
+  for (const std::string name : {"llama3", "qwen2", "qwen3", "mistral"}) {
+    const Source source(name);
+    const std::string calibration = source.text("calibration.txt", 8192, 1);
+    std::vector<int32_t> tokens;
+    std::mt19937 random(2);
+    for (int i = 0; i < 400; ++i) tokens.push_back(static_cast<int32_t>(32 + random() % 95));
+    quantized(source.options("fp16"));
+    const std::vector<float> reference = logits_of(source.options("fp16").output, tokens);
+    const size_t vocab = reference.size() / tokens.size();
+    double divergence[2] = {};
+    for (const QuantizeMethod method : {QuantizeMethod::rtn, QuantizeMethod::gptq}) {
+      QuantizeOptions options = source.options("int4");
+      options.method = method;
+      options.calibration = {calibration};
+      const QuantizeReport report = quantized(options);
+      CHECK(report.bits_per_weight < 4.3);
+      divergence[method == QuantizeMethod::gptq] = mean_kl(reference, logits_of(options.output, tokens), vocab);
+    }
+    std::printf("%s: KL %.3e by rounding to nearest, %.3e by GPTQ (%.2f)\n", name.c_str(), divergence[0], divergence[1],
+                divergence[1] / divergence[0]);
+    INFO(name);
+    CHECK(divergence[1] < 0.9 * divergence[0]);
+    quantized(source.options("int8"));
+    CHECK(mean_kl(reference, logits_of(source.options("int8").output, tokens), vocab) < divergence[0] / 50);
+  }
+}
+
+TEST_CASE("every shipped recipe gives a container that runs, with a report of every matrix") {
+  const Source source("llama3");
+  const std::string calibration = source.text("calibration.txt", 4096, 1);
+  for (const char* name : {"fp16", "int8", "int4", "int4-attention-fp16-ffn", "int4-protect-critical",
+                           "int8-critical-fp16", "int4-reasoning"}) {
+    INFO(name);
+    QuantizeOptions options = source.options(name);
+    options.calibration = {calibration};
+    options.windows = 4;
+    const QuantizeReport report = quantized(options);
+    REQUIRE(verify_file(options.output));
+    const nlohmann::json json = nlohmann::json::parse(report.json);
+    CHECK(json["matrices"].size() == 2 * 7 + 2);
+    for (const auto& matrix : json["matrices"]) {
+      INFO(matrix.dump());
+      CHECK((matrix["relative_error"] >= 0.0 && matrix["relative_error"] < 0.2));
+    }
+    CHECK(logits_of(options.output, {65, 66, 67}).size() == 3 * 512);
+  }
+}
+
+TEST_CASE("the result does not depend on the number of threads, and JSON lines are text") {
+  const Source source("llama3");
+  std::ofstream(source.folder.file("c.jsonl"))
+      << R"({"question": ")" + std::string(600, 'q') + R"(", "answer": "42", "n": 1})"
+      << "\n\n"
+      << R"({"text": ")" + std::string(600, 'x') + "\"}\n";
+  std::string first;
+  for (const uint32_t threads : {1u, 3u}) {
+    QuantizeOptions options = source.options("int4");
+    options.calibration = {source.folder.file("c.jsonl")};
+    options.threads = threads;
+    quantized(options);
+    const std::string bytes = bytes_behind_header(options.output);
+    if (first.empty()) first = bytes;
+    CHECK(bytes == first);
+  }
+}
+
+TEST_CASE("calibration that cannot be is refused before anything is written") {
+  const Source source("llama3");
+  QuantizeOptions options = source.options("int4");
+  const auto with_text = [&](const std::string& name, const std::string& content) {
+    std::ofstream(source.folder.file(name), std::ios::binary) << content;
+    options.calibration = {source.folder.file(name)};
+  };
+  SECTION("none") { refused(options, ErrorCode::usage, "GPTQ needs text; give --calibration"); }
+  SECTION("not there") {
+    options.calibration = {source.folder.file("nowhere.txt")};
+    refused(options, ErrorCode::not_found, "nowhere.txt");
+  }
+  SECTION("shorter than a window") {
+    with_text("short.txt", std::string(100, 'a'));
+    refused(options, ErrorCode::usage, "has 100 tokens, one window takes 128");
+  }
+  SECTION("not UTF-8") {
+    with_text("latin.txt", std::string(300, 'a') + "\xe4\x20" + std::string(300, 'a'));
+    refused(options, ErrorCode::corrupt, "latin.txt: the bytes at offset 300 are not UTF-8");
+  }
+  SECTION("a line that is no object") {
+    with_text("lines.jsonl", "{\"text\": \"a\"}\n[1]\n");
+    refused(options, ErrorCode::corrupt, "lines.jsonl: line 2 is not a JSON object");
+  }
+  SECTION("no windows") {
+    options.windows = 0;
+    refused(options, ErrorCode::usage, "0 windows");
+  }
+  SECTION("damping out of range") {
+    options.damp = 0;
+    refused(options, ErrorCode::usage, "damping 0");
+  }
+  SECTION("output over the source") {
+    options.output = options.source;
+    const Result<QuantizeReport> report = quantize_model(options);
+    REQUIRE_FALSE(report);
+    CHECK(report.error().message.find("both source and output") != std::string::npos);
+  }
+  SECTION("a model without a tokenizer") {
+    std::filesystem::remove(source.path + "/tokenizer.json");
+    with_text("text.txt", std::string(300, 'a'));
+    refused(options, ErrorCode::unsupported, "has no tokenizer");
+  }
+}
+
+TEST_CASE("a checkpoint that is INT4 already is not quantized once more") {
+  const Source source("llama3-gptq");
+  refused(source.options("int8"), ErrorCode::unsupported, "is GPTQ INT4 already");
+}
+
+TEST_CASE("a work folder of another quantization is refused, and --restart throws it away") {
+  const Source source("llama3");
+  QuantizeOptions options = source.options("int4");
+  options.calibration = {source.text("a.txt", 4096, 1)};
+  std::filesystem::create_directory(options.output + ".work");
+  std::ofstream(options.output + ".work/job.json") << "{}";
+  refused(options, ErrorCode::usage, "another quantization");
+  options.restart = true;
+  quantized(options);
+}
