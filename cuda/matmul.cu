@@ -194,7 +194,7 @@ uint64_t matmul_workspace_bytes(const MatmulCall& call) {
     const uint32_t copies = cut.slabs == 1 ? 0 : owns_rows(cut, call, processors) ? 1 : cut.slabs;
     bytes = uint64_t{copies} * row_tiles_of(call) * 128 * sizeof(float);
   } else if (wgmma_serves(call)) {
-    bytes = wgmma_partial_bytes(call);
+    bytes = wgmma_workspace_bytes(call);
   }
   return kMatmulCounterBytes + bytes;
 }

@@ -2,8 +2,8 @@
 // Matrix products with the container's weights: out[r][n] = sum over k of x[r][k] * W[n][k], on a CUDA device.
 //
 // One call multiplies the same activations by up to three matrices (q, k, v; gate, up). Where they share a format it is
-// one launch. All pointers are device memory; nothing is allocated, nothing is synchronised, every call can be
-// captured.
+// one launch (on sm_90, with a bias and 9 rows or more, two). All pointers are device memory; nothing is allocated,
+// nothing is synchronised, every call can be captured.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -66,8 +66,9 @@ inline constexpr uint64_t kMatmulCounterBytes = 256 * 1024;
 uint64_t matmul_workspace_bytes(const MatmulCall& call);
 
 // Enqueues the product on `stream` of the current device. A row's result has the same bits in every call of 1 to 8
-// rows, and in every run. int4 and int8: FP16 products, FP32 sums per group, times the group's scale, FP32 sum of
-// groups. f16 and bf16: exact products, FP32 sums. f32: FP32 throughout.
+// rows, and in every run; from 9 rows on its last bits may depend on what else is in the call. int4 and int8: FP16
+// products, FP32 sums per group, times the group's scale, FP32 sum of groups. f16 and bf16: exact products, FP32 sums.
+// f32: FP32 throughout.
 // Errors: cudaErrorInvalidValue (a shape, alignment or workspace that the comments above rule out: nothing enqueued);
 // those of a launch.
 cudaError_t matmul(const MatmulCall& call, cudaStream_t stream);

@@ -3,10 +3,11 @@
 //
 // argument    shape                              type      layout, alignment
 // values      N x K                              int4      tile16x64, 16 B
-// scales      [ceil(N/16)][ceil(K/group)][16]    FP16      16 B;  zeros u8 the same, optional
+// scales      [ceil(N/16)][ceil(K/group)][16]    FP16      16 B;  zeros u8 or bias FP16 the same, optional
 // x           [M][ldx]                           FP16      row-major, 16 B
+// x_sums      [ceil(K/group)][M rounded up to 4] FP32      workspace, only with a bias: sums of x over each group
 // out         [M][ldo]                           FP32
-// partial     [splits][tiles][128][kRows]        FP32      workspace, only if splits > 1
+// partial     [2 clusters][4][kRows/2][128]      FP32      workspace, only where K is split
 //
 // wgmma.m64nNk16 takes A from the registers of four warps, each with 16 rows in the very fragments that tile16x64
 // holds, so a warp unpacks its nibbles as for mma.sync. B is x, K-major in shared memory with the 128-byte swizzle,
@@ -15,20 +16,26 @@
 //     warpgroup 0: one thread asks for stages of 128 columns:   x 2 x [kRows][64], values 8 row tiles x 1 KiB, scales
 //                  (of x one half, for itself and its neighbour: a cluster of two blocks with the same rows of x,
 //                  which halves what x costs the L2 cache)
-//     warpgroups 1, 2: 64 rows of W each; per group of columns: unpack, wgmma into a fresh sum, total += scale * sum
+//     warpgroups 1, 2: 64 rows of W each; per group of columns: wgmma into a fresh sum, total += scale * sum
 //
-// While one of the two scales a sum, the other keeps the tensor cores busy. Blocks stay and take every gridDim-th tile,
-// the row blocks of x fastest, so that weights come out of L2 but once. Where there are fewer tiles than
-// multiprocessors, K is split; the last to come adds the parts in order.
+// While one of the two scales a sum, the other keeps the tensor cores busy; half of a group is unpacked between its
+// products.
 //
-// Geometry: min(tiles x splits, multiprocessors) blocks of 384 threads, in pairs; an odd tile's partner works on zeros.
+// Schedule. Pairs of tiles go round the clusters in whole waves, the row blocks of x fastest, so that weights come out
+// of L2 but once. What is left for a last, partial wave is cut: its pairs' stages, laid end to end, are shared out
+// evenly, and each cluster does its share first, before the whole pairs, so that joining parts hides behind them.
+//
+//     cluster 0    | pair 0, stages 0..26 | whole pair 28 | whole pair 94 |         QKV 10240 x 8192, 512 rows:
+//     cluster 1    | pair 0, 27..53       | whole pair 29 | ...                     160 pairs, 66 clusters, 64 stages
+//     cluster 2    | pair 0, 54..63 | pair 1, 0..17 | ...
+//
+// The cluster that comes last to a pair adds its parts in order: no float atomics, the same bits in every run.
+//
+// Geometry: at most one block of 384 threads per multiprocessor, in pairs; an odd tile's partner works on zeros.
 // Bytes moved: values + scales once from memory.
-// Compiled: kRows 32, 64, 128 with groups of 32, 64, 128. Weights with a bias go to matmul.cuh.
-// Source: PTX ISA, "Asynchronous warpgroup level matrix instructions" (fragments, descriptors, swizzle).
-#include <cuda.h>
-
+// Compiled: kRows 32, 64, 128 with groups of 32, 64, 128. With a bias another kernel sums x over groups before.
 #include "cuda/matmul_launch.hpp"
-#include "cuda/tile_fragments.cuh"
+#include "cuda/wgmma.cuh"
 
 // Clusters of two blocks; the attribute is an error on architectures that have none.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -41,19 +48,19 @@ namespace sluice::cuda {
 
 struct WgmmaArgs {
   struct Part {
-    CUtensorMap values, scales, zeros;
+    CUtensorMap values, scales, extra;  // extra: zeros or bias
     float* out;
     const float* vector;
     uint32_t ldo, rows, first_block;
     float scale;
-    bool has_zeros;
   } part[kMatmulParts];
-  CUtensorMap x;
+  CUtensorMap x, x_sums;
   const float* row_scale;
   float* partial;
   uint32_t* counters;
-  uint32_t rows, parts, row_blocks, pairs, splits, stages_of_k;  // row_blocks: of x; pairs of tiles
-  bool accumulate;
+  uint32_t rows, parts, row_blocks, pairs, stages;  // row_blocks: of x; pairs of tiles; stages: of K
+  uint32_t split_pairs, split_clusters;             // the first pairs are cut, among so many clusters
+  bool has_zeros, has_bias, accumulate, weights_early;
 };
 
 namespace {
@@ -62,192 +69,74 @@ constexpr uint32_t kBlockRows = 128;
 constexpr uint32_t kStageCols = 128;
 constexpr uint32_t kValueBytes = 8 * 1024;
 
+// Where a stage in shared memory holds what, in bytes.
 template <uint32_t kRows, uint32_t kGroup>
 struct Stage {
   static constexpr uint32_t kGroups = kStageCols / kGroup;
-  static constexpr uint32_t kX = kRows * kStageCols * 2;
-  static constexpr uint32_t kScales = 8 * kGroups * 32, kZeros = 8 * kGroups * 16;
-  static constexpr uint32_t kBytes = (kX + kValueBytes + kScales + kZeros + 1023) / 1024 * 1024;
-  static constexpr uint32_t kCount = 200 * 1024 / kBytes < 8 ? 200 * 1024 / kBytes : 8;
+  static constexpr uint32_t kScaleBytes = 8 * kGroups * 32, kSumBytes = kGroups * kRows * 4;
+  static constexpr uint32_t kValues = kRows * kStageCols * 2;  // behind x
+  static constexpr uint32_t kScales = kValues + kValueBytes, kExtra = kScales + kScaleBytes;
+  static constexpr uint32_t kSums = kExtra + kScaleBytes;
+  static constexpr uint32_t kBytes = (kSums + kSumBytes + 1023) / 1024 * 1024;
+  static constexpr uint32_t kCount = 200 * 1024 / kBytes;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// d (+)= A * x, one warpgroup, asynchronous; `x` describes 16 columns of the stage.
-__device__ __forceinline__ void wgmma_step(float (&d)[16], const Fragment& f, uint64_t x, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15 "
-      "}, {%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-      : "r"(f.a[0]), "r"(f.a[1]), "r"(f.a[2]), "r"(f.a[3]), "l"(x), "r"(int32_t{add}));
-}
-__device__ __forceinline__ void wgmma_step(float (&d)[32], const Fragment& f, uint64_t x, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
-      "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(f.a[0]), "r"(f.a[1]), "r"(f.a[2]), "r"(f.a[3]), "l"(x), "r"(int32_t{add}));
-}
-__device__ __forceinline__ void wgmma_step(float (&d)[64], const Fragment& f, uint64_t x, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-      "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "r"(f.a[0]), "r"(f.a[1]), "r"(f.a[2]), "r"(f.a[3]), "l"(x), "r"(int32_t{add}));
-}
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-
-// Rows of 128 bytes, swizzled in eights: 1024 bytes from one eight to the next.
-__device__ __forceinline__ uint64_t x_descriptor(uint32_t address) {
-  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
-}
-
-// The same to the same place in both blocks of the cluster, told to both their barriers.
-__device__ __forceinline__ void tensor_copy_both(uint32_t to, const CUtensorMap* map, uint32_t column, uint32_t row,
-                                                 uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t{3})
-      : "memory");
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Arrives at the barrier at this place in block `rank` of the cluster. Spelled with release at cluster scope it would
-// be a fence of all memory, half a microsecond each; what it orders here are reads that are over.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-
-__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, uint32_t column, uint32_t row,
-                                            uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-
-// Which tile, and which stages of K, an item of work is.
+// A pair of tiles, of which each block of the cluster makes one, and the stages of K that this cluster adds up.
 struct Item {
-  uint32_t part, block, x_row, tile, split, first, end;
+  uint32_t pair, first, end;
 };
 
-__device__ __forceinline__ Item item_of(const WgmmaArgs& a, uint32_t index, uint32_t rank, uint32_t rows_of_x) {
-  Item item;
-  const uint32_t pair = index / a.splits;
-  item.split = index - pair * a.splits;
-  item.tile = pair * 2 + rank;
-  const uint32_t row = pair / a.row_blocks, block = row * 2 + rank;
-  item.x_row = (pair - row * a.row_blocks) * rows_of_x;
-  item.part = 0;
-  while (item.part + 1 < a.parts && block >= a.part[item.part + 1].first_block) ++item.part;
-  item.block = block - a.part[item.part].first_block;
-  item.first = item.split * a.stages_of_k / a.splits;
-  item.end = (item.split + 1) * a.stages_of_k / a.splits;
-  return item;
-}
+// What a cluster does, in order: its share of the cut pairs, then whole pairs.
+struct Work {
+  uint32_t at, end;  // of the share, in stages of the cut pairs laid end to end
+  uint32_t whole;    // next whole pair
 
-template <uint32_t kRows, uint32_t kGroup>
-__device__ void produce(const WgmmaArgs& a, uint32_t stages, uint32_t full, uint32_t empty) {
-  using S = Stage<kRows, kGroup>;
-  const uint32_t rank = cluster_rank();
-  uint32_t slot = 0, parity = 1;
-  for (uint32_t index = blockIdx.x / 2; index < a.pairs * a.splits; index += gridDim.x / 2) {
-    const Item item = item_of(a, index, rank, kRows);
-    const WgmmaArgs::Part& p = a.part[item.part];
-    for (uint32_t k = item.first; k < item.end; ++k) {
-      const uint32_t to = stages + slot * S::kBytes, barrier = full + slot * 8;
-      barrier_wait(empty + slot * 8, parity);
-      barrier_expect(barrier, S::kX + kValueBytes + S::kScales + (p.has_zeros ? S::kZeros : 0));
-      tensor_copy(to + S::kX, &p.values, k * 256, item.block * 8, barrier);
-      tensor_copy_both(to + rank * (S::kX / 2), &a.x, k * kStageCols + rank * 64, item.x_row, barrier);
-      tensor_copy(to + S::kX + kValueBytes, &p.scales, k * S::kGroups * 16, item.block * 8, barrier);
-      if (p.has_zeros)
-        tensor_copy(to + S::kX + kValueBytes + S::kScales, &p.zeros, k * S::kGroups * 16, item.block * 8, barrier);
-      if (++slot == S::kCount) {
-        slot = 0;
-        parity ^= 1;
-      }
+  static __device__ __forceinline__ uint32_t share(const WgmmaArgs& a, uint32_t cluster) {
+    return min(cluster, a.split_clusters) * (a.split_pairs * a.stages) / max(1u, a.split_clusters);
+  }
+  // The cluster that has this stage in its share.
+  static __device__ __forceinline__ uint32_t owner(const WgmmaArgs& a, uint32_t stage) {
+    uint32_t cluster = stage * a.split_clusters / (a.split_pairs * a.stages);
+    while (share(a, cluster + 1) <= stage) ++cluster;
+    return cluster;
+  }
+  explicit __device__ __forceinline__ Work(const WgmmaArgs& a) {
+    const uint32_t cluster = blockIdx.x / 2;
+    at = share(a, cluster);
+    end = share(a, cluster + 1);
+    whole = a.split_pairs + cluster;
+  }
+  __device__ __forceinline__ bool next(const WgmmaArgs& a, Item& item) {
+    if (at < end) {
+      item.pair = at / a.stages;
+      item.first = at - item.pair * a.stages;
+      item.end = min(end - item.pair * a.stages, a.stages);
+      at += item.end - item.first;
+      return true;
     }
+    item = {whole, 0, a.stages};
+    whole += gridDim.x / 2;
+    return item.pair < a.pairs;
   }
-}
-
-// The two warpgroups issue their products in turns: issued together they would share the tensor cores evenly, end
-// together, and leave them idle while both scale and unpack.
-__device__ __forceinline__ void wait_turn(uint32_t half) {
-  asm volatile("bar.sync %0, 256;" ::"r"(3 + half) : "memory");
-}
-__device__ __forceinline__ void pass_turn(uint32_t half) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(4 - half) : "memory");
-}
-
-// One group of a warp's row tile, ready for the tensor cores.
-template <uint32_t kGroup>
-struct Unpacked {
-  Fragment f[kGroup / 16];
-  float s0, s8;  // scales of rows g and g + 8
 };
 
-template <uint32_t kRows, uint32_t kGroup>
-__device__ __forceinline__ void unpack(const uint8_t* stage, uint32_t group, uint32_t tile, uint32_t lane,
-                                       bool has_zeros, Unpacked<kGroup>& out) {
-  using S = Stage<kRows, kGroup>;
-  const uint32_t g = lane >> 2, at = (tile * S::kGroups + group) * 16 + g;
-  const uint8_t* planes = stage + S::kX + kValueBytes;
-  const __half* scales = reinterpret_cast<const __half*>(planes) + at;
-  out.s0 = __half2float(scales[0]);
-  out.s8 = __half2float(scales[8]);
-  Int4Zero zero = int4_zero(8, 8);
-  if (has_zeros) zero = int4_zero(planes[S::kScales + at], planes[S::kScales + at + 8]);
-  uint4 w = {};
-#pragma unroll
-  for (uint32_t k = 0; k < kGroup / 16; ++k) {
-    const uint32_t k16 = group * (kGroup / 16) + k;
-    if (k == 0 || k16 % 4 == 0)
-      w = load_shared16(shared_address(stage) + S::kX + tile * 1024 + k16 / 4 * 512 + lane * 16);
-    out.f[k] = fragment_int4(k16 % 4 == 0 ? w.x : k16 % 4 == 1 ? w.y : k16 % 4 == 2 ? w.z : w.w, zero);
-  }
-}
+// Where this block's tile of a pair lies.
+struct Tile {
+  uint32_t part, block, x_row;  // block: of 128 rows of the part
 
-// A warp's place in the ring of stages.
+  __device__ __forceinline__ Tile(const WgmmaArgs& a, uint32_t pair, uint32_t rows_of_x) {
+    const uint32_t row = pair / a.row_blocks;
+    block = row * 2 + cluster_rank();
+    x_row = (pair - row * a.row_blocks) * rows_of_x;
+    part = 0;
+    while (part + 1 < a.parts && block >= a.part[part + 1].first_block) ++part;
+    block -= a.part[part].first_block;
+  }
+};
+
+// A place in the ring of stages.
 template <uint32_t kCount>
 struct Place {
   uint32_t slot = 0, parity = 0;
@@ -259,63 +148,220 @@ struct Place {
   }
 };
 
-// What a warp's walk through the stages needs at each group.
+// One thread's walk through all stages of all items, asking for what they need.
+template <uint32_t kRows, uint32_t kGroup>
+struct Producer {
+  using S = Stage<kRows, kGroup>;
+  const WgmmaArgs& a;
+  uint32_t stages, full;
+  Work work;
+  Item item;
+  Tile tile;
+  Place<S::kCount> place;
+  bool more;
+
+  __device__ __forceinline__ Producer(const WgmmaArgs& args, uint32_t stages_at, uint32_t full_at)
+      : a(args), stages(stages_at), full(full_at), work(args), item{}, tile(args, 0, kRows) {
+    begin_item();
+  }
+  __device__ __forceinline__ void begin_item() {
+    more = work.next(a, item);
+    if (more) tile = Tile(a, item.pair, kRows);
+  }
+  __device__ __forceinline__ void advance() {
+    place.next();
+    if (++item.first == item.end) begin_item();
+  }
+  __device__ __forceinline__ void ask_weights() const {
+    const WgmmaArgs::Part& p = a.part[tile.part];
+    const uint32_t to = stages + place.slot * S::kBytes, barrier = full + place.slot * 8, row = tile.block * 8;
+    const uint32_t k = item.first, group_at = k * S::kGroups * 16;
+    const uint32_t extra = a.has_bias ? S::kScaleBytes + S::kSumBytes : a.has_zeros ? S::kScaleBytes / 2 : 0;
+    barrier_expect(barrier, S::kExtra + extra);
+    tensor_copy(to + S::kValues, &p.values, k * 256, row, barrier);
+    tensor_copy(to + S::kScales, &p.scales, group_at, row, barrier);
+    if (extra != 0) tensor_copy(to + S::kExtra, &p.extra, group_at, row, barrier);
+  }
+  __device__ __forceinline__ void ask_activations() const {
+    const uint32_t to = stages + place.slot * S::kBytes, barrier = full + place.slot * 8, rank = cluster_rank();
+    const uint32_t k = item.first;
+    tensor_copy_both(to + rank * (S::kValues / 2), &a.x, k * kStageCols + rank * 64, tile.x_row, barrier);
+    if (a.has_bias) tensor_copy(to + S::kSums, &a.x_sums, tile.x_row, k * S::kGroups, barrier);
+  }
+};
+
+// Weights that were complete before the kernel in front started fill the ring while that one ends.
+template <uint32_t kRows, uint32_t kGroup>
+__device__ __forceinline__ void produce(const WgmmaArgs& a, uint32_t stages, uint32_t full, uint32_t empty) {
+  constexpr uint32_t kCount = Stage<kRows, kGroup>::kCount;
+  Producer<kRows, kGroup> producer(a, stages, full);
+  uint32_t early = 0;
+  if (a.weights_early) {
+    Producer<kRows, kGroup> weights = producer;
+    for (; early < kCount && weights.more; ++early, weights.advance()) weights.ask_weights();
+  }
+  wait_for_previous_kernel();
+#pragma unroll 1
+  for (uint32_t i = 0; producer.more; ++i, producer.advance()) {
+    if (i >= kCount) barrier_wait(empty + producer.place.slot * 8, producer.place.parity ^ 1);
+    if (i >= early) producer.ask_weights();
+    producer.ask_activations();
+  }
+}
+
+// The two warpgroups issue their products in turns: issued together they would share the tensor cores evenly, end
+// together, and leave them idle while both scale.
+__device__ __forceinline__ void wait_turn(uint32_t half) {
+  asm volatile("bar.sync %0, 256;" ::"r"(3 + half) : "memory");
+}
+__device__ __forceinline__ void pass_turn(uint32_t half) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(4 - half) : "memory");
+}
+
+// One group of a warp's row tile as it is stored, in registers.
+template <uint32_t kGroup>
+struct Packed {
+  uint4 words[(kGroup + 63) / 64];
+  Int4Zero zero;
+  float s0, s8;  // scales of rows g and g + 8
+
+  // 16 columns; `k16` counts them from the start of the words' first 64 columns.
+  __device__ __forceinline__ Fragment fragment(uint32_t k16) const {
+    const uint4& w = words[k16 / 4];
+    return fragment_int4(k16 % 4 == 0 ? w.x : k16 % 4 == 1 ? w.y : k16 % 4 == 2 ? w.z : w.w, zero);
+  }
+};
+
+// Left to itself the compiler would unpack behind the next fence, where registers of a wgmma must not be written.
+__device__ __forceinline__ void stay_here(Fragment& f) {
+  asm volatile("" : "+r"(f.a[0]), "+r"(f.a[1]), "+r"(f.a[2]), "+r"(f.a[3]));
+}
+
+// The same with the first half of it ready for the tensor cores.
+template <uint32_t kGroup>
+struct Ready {
+  Fragment head[kGroup / 32];
+  Packed<kGroup> packed;
+};
+
+// A warp's walk through the stages of an item.
 template <uint32_t kRows, uint32_t kGroup>
 struct Walk {
   const uint8_t* stages;
   uint32_t full, empty;
-  uint32_t half, tile, lane;
-  bool has_zeros;
+  uint32_t half, tile, lane;  // half: which warpgroup; tile: row tile of the block
+  bool has_zeros, has_bias;
+  Int4Zero zero;  // where groups have none of their own
   uint32_t left;  // stages of this item, the present one included
   Place<Stage<kRows, kGroup>::kCount>& place;
 };
 
-// total += scale * (group's weights * x). Meanwhile the group behind it, if any, is unpacked into `next`.
 template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
-__device__ __forceinline__ void multiply_group(Walk<kRows, kGroup>& w, const Unpacked<kGroup>& now,
-                                               Unpacked<kGroup>& next, float (&total)[kRows / 2]) {
+__device__ __forceinline__ void load_packed(const Walk<kRows, kGroup>& w, const uint8_t* stage, Packed<kGroup>& out) {
   using S = Stage<kRows, kGroup>;
-  constexpr bool kLast = kIndex + 1 == S::kGroups;
-  const uint8_t* stage = w.stages + w.place.slot * S::kBytes;
-  const uint32_t x = shared_address(stage), done = w.empty + w.place.slot * 8;
-  float sum[kRows / 2];
-  wait_turn(w.half);
-  wgmma_fence();
+  const uint32_t at = (w.tile * S::kGroups + kIndex) * 16 + w.lane / 4;
+  const __half* scales = reinterpret_cast<const __half*>(stage + S::kScales) + at;
 #pragma unroll
-  for (uint32_t k = 0; k < kGroup / 16; ++k) {
-    constexpr uint32_t kFirst = kIndex * (kGroup / 16);
-    wgmma_step(sum, now.f[k], x_descriptor(x + (kFirst + k) / 4 * (S::kX / 2) + (kFirst + k) % 4 * 32), k != 0);
+  for (uint32_t i = 0; i < (kGroup + 63) / 64; ++i) {
+    out.words[i] = load_shared16(shared_address(stage) + S::kValues + w.tile * 1024 + (kIndex * kGroup / 64 + i) * 512 +
+                                 w.lane * 16);
   }
-  wgmma_commit();
-  pass_turn(w.half);
-  if constexpr (!kLast) {
-    unpack<kRows, kGroup>(stage, kIndex + 1, w.tile, w.lane, w.has_zeros, next);
-  } else {
-    w.place.next();
-    if (--w.left != 0) {
-      barrier_wait(w.full + w.place.slot * 8, w.place.parity);
-      unpack<kRows, kGroup>(w.stages + w.place.slot * S::kBytes, 0, w.tile, w.lane, w.has_zeros, next);
-    }
-  }
-  wgmma_wait();
-  if (kLast && w.lane < 2) barrier_arrive_at(done, w.lane);
+  out.s0 = __half2float(scales[0]);
+  out.s8 = __half2float(scales[8]);
+  out.zero = w.zero;
+  if (w.has_zeros) out.zero = int4_zero(stage[S::kExtra + at], stage[S::kExtra + at + 8]);
+}
+
+// total += bias * sum of x over the group.
+template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
+__device__ __forceinline__ void add_bias(const Walk<kRows, kGroup>& w, const uint8_t* stage,
+                                         float (&total)[kRows / 2]) {
+  using S = Stage<kRows, kGroup>;
+  const __half* bias =
+      reinterpret_cast<const __half*>(stage + S::kExtra) + (w.tile * S::kGroups + kIndex) * 16 + w.lane / 4;
+  const float b0 = __half2float(bias[0]), b8 = __half2float(bias[8]);
+  const float2* sums = reinterpret_cast<const float2*>(stage + S::kSums) + kIndex * (kRows / 2) + w.lane % 4;
 #pragma unroll
   for (uint32_t i = 0; i < kRows / 8; ++i) {
-    total[4 * i] = fmaf(now.s0, sum[4 * i], total[4 * i]);
-    total[4 * i + 1] = fmaf(now.s0, sum[4 * i + 1], total[4 * i + 1]);
-    total[4 * i + 2] = fmaf(now.s8, sum[4 * i + 2], total[4 * i + 2]);
-    total[4 * i + 3] = fmaf(now.s8, sum[4 * i + 3], total[4 * i + 3]);
+    const float2 x = sums[i * 4];
+    total[4 * i] = fmaf(b0, x.x, total[4 * i]);
+    total[4 * i + 1] = fmaf(b0, x.y, total[4 * i + 1]);
+    total[4 * i + 2] = fmaf(b8, x.x, total[4 * i + 2]);
+    total[4 * i + 3] = fmaf(b8, x.y, total[4 * i + 3]);
   }
 }
 
-// All stages of an item. Two sets of unpacked weights take turns by name: copied from one to the other, registers that
-// a wgmma in flight reads would be written, and the compiler serializes all of them.
+// total += scale * (group's weights * x). The group's second half is unpacked between the products of its first, the
+// first half of the group behind it, `next`, after them; behind an item's last group something is, for a branch between
+// products would have them wait for each other.
+template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
+__device__ __forceinline__ void multiply_group(Walk<kRows, kGroup>& w, const Ready<kGroup>& now, Ready<kGroup>& next,
+                                               float (&total)[kRows / 2]) {
+  using S = Stage<kRows, kGroup>;
+  constexpr bool kLast = kIndex + 1 == S::kGroups;
+  constexpr uint32_t kNext = kLast ? 0 : kIndex + 1, kSteps = kGroup / 16, kHead = kSteps / 2;
+  const uint8_t *stage = w.stages + w.place.slot * S::kBytes, *from = stage;
+  // Broadcast, so that the compiler knows it is one for all lanes and keeps descriptors in uniform registers.
+  const uint32_t x = __shfl_sync(0xffffffffu, shared_address(stage) / 16, 0);
+  const uint32_t done = w.empty + w.place.slot * 8;
+  if constexpr (kLast) {
+    w.place.next();
+    if (--w.left != 0) {
+      barrier_wait(w.full + w.place.slot * 8, w.place.parity);
+      from = w.stages + w.place.slot * S::kBytes;
+    }
+  }
+  load_packed<kRows, kGroup, kNext>(w, from, next.packed);
+  float sum[kRows / 2];
+  const auto multiply = [&](const Fragment& f, uint32_t k) {
+    const uint32_t k16 = kIndex * kSteps + k;
+    wgmma_step(sum, f, x_descriptor(x + (k16 / 4 * (S::kValues / 2) + k16 % 4 * 32) / 16), k != 0);
+  };
+  Fragment tail[kHead];
+  wait_turn(w.half);
+#pragma unroll
+  for (uint32_t k = 0; k < kHead; ++k) {
+    wgmma_fence();  // for the registers written behind the product before
+    multiply(now.head[k], k);
+    tail[k] = now.packed.fragment(kIndex * kSteps % 4 + kHead + k);
+    stay_here(tail[k]);
+  }
+  wgmma_fence();
+#pragma unroll
+  for (uint32_t k = 0; k < kHead; ++k) multiply(tail[k], kHead + k);
+  wgmma_commit();
+  pass_turn(w.half);
+#pragma unroll
+  for (uint32_t k = 0; k < kHead; ++k) {
+    next.head[k] = next.packed.fragment(kNext * kSteps % 4 + k);
+    stay_here(next.head[k]);
+  }
+  wgmma_wait<0>();
+  if (w.has_bias) add_bias<kRows, kGroup, kIndex>(w, stage, total);
+  if (kLast && w.lane < 2) barrier_arrive_at(done, w.lane);
+  const float s0 = now.packed.s0, s8 = now.packed.s8;
+#pragma unroll
+  for (uint32_t i = 0; i < kRows / 8; ++i) {
+    total[4 * i] = fmaf(s0, sum[4 * i], total[4 * i]);
+    total[4 * i + 1] = fmaf(s0, sum[4 * i + 1], total[4 * i + 1]);
+    total[4 * i + 2] = fmaf(s8, sum[4 * i + 2], total[4 * i + 2]);
+    total[4 * i + 3] = fmaf(s8, sum[4 * i + 3], total[4 * i + 3]);
+  }
+}
+
+// All stages of an item. Two sets of weights take turns by name: copied from one to the other, registers that a wgmma
+// in flight reads would be written, and the compiler serializes all of them.
 template <uint32_t kRows, uint32_t kGroup>
 __device__ __forceinline__ void multiply_item(Walk<kRows, kGroup>& w, float (&total)[kRows / 2]) {
   using S = Stage<kRows, kGroup>;
-  Unpacked<kGroup> even, odd;
+  Ready<kGroup> even, odd;
   barrier_wait(w.full + w.place.slot * 8, w.place.parity);
-  unpack<kRows, kGroup>(w.stages + w.place.slot * S::kBytes, 0, w.tile, w.lane, w.has_zeros, even);
+  load_packed<kRows, kGroup, 0>(w, w.stages + w.place.slot * S::kBytes, even.packed);
+#pragma unroll
+  for (uint32_t k = 0; k < kGroup / 32; ++k) {
+    even.head[k] = even.packed.fragment(k);
+    stay_here(even.head[k]);
+  }
 #pragma unroll 1
   while (true) {
     multiply_group<kRows, kGroup, 0>(w, even, odd, total);
@@ -333,48 +379,76 @@ __device__ __forceinline__ void multiply_item(Walk<kRows, kGroup>& w, float (&to
   }
 }
 
-// Leaves this split's totals in the workspace; true for the last of the tile's splits, whose `total` is then the sum.
+// Leaves this cluster's totals of a cut pair in the workspace; true for the last of the pair's clusters, whose `total`
+// is then the sum. A share meets two pairs at most: two places for each cluster.
 template <uint32_t kRows>
-__device__ __forceinline__ bool join_splits(const WgmmaArgs& a, const Item& item, uint32_t half, uint32_t thread,
-                                            uint32_t* last, float (&total)[kRows / 2]) {
+__device__ __forceinline__ bool join_parts(const WgmmaArgs& a, uint32_t pair, uint32_t half, uint32_t thread,
+                                           uint32_t* last, float (&total)[kRows / 2]) {
   constexpr uint32_t kCount = kRows / 2;
-  float* partial = a.partial + uint64_t{item.tile * 2 + half} * a.splits * 128 * kCount + thread;
+  const uint32_t mine = blockIdx.x / 2, begin = pair * a.stages, tile = cluster_rank() * 2 + half;
+  const auto place = [&](uint32_t cluster) {
+    const bool second = Work::share(a, cluster) < begin;
+    return a.partial + ((cluster * 2 + second) * 4 + tile) * uint64_t{128 * kCount} + thread;
+  };
+  const uint32_t first = Work::owner(a, begin), end = Work::owner(a, begin + a.stages - 1) + 1;
 #pragma unroll
-  for (uint32_t i = 0; i < kCount; ++i) partial[(item.split * kCount + i) * 128] = total[i];
+  for (uint32_t i = 0; i < kCount; ++i) place(mine)[i * 128] = total[i];
   fence_device();
   asm volatile("bar.sync %0, 128;" ::"r"(1 + half) : "memory");
   if (thread == 0) {
-    uint32_t* counter = a.counters + item.tile * 2 + half;
-    last[half] = atomicAdd(counter, 1) == a.splits - 1;
+    uint32_t* counter = a.counters + pair * 4 + tile;
+    last[half] = atomicAdd(counter, 1) == end - first - 1;
     if (last[half]) *counter = 0;
     fence_device();
   }
   asm volatile("bar.sync %0, 128;" ::"r"(1 + half) : "memory");
-  const bool is_last = last[half] != 0;
-  if (is_last) {
-    for (uint32_t i = 0; i < kCount; ++i) total[i] = 0;
-    for (uint32_t split = 0; split < a.splits; ++split) {
+  if (last[half] == 0) return false;
 #pragma unroll
-      for (uint32_t i = 0; i < kCount; ++i) total[i] += __ldcg(partial + (split * kCount + i) * 128);
-    }
+  for (uint32_t i = 0; i < kCount; ++i) total[i] = 0;
+  for (uint32_t cluster = first; cluster < end; ++cluster) {
+    const float* part = place(cluster);
+#pragma unroll
+    for (uint32_t i = 0; i < kCount; ++i) total[i] += __ldcg(part + i * 128);
   }
-  return is_last;
+  return true;
 }
 
+// Loads of all outputs first, then stores: in between, each would wait for the one before.
 template <uint32_t kRows>
-__device__ __forceinline__ void write_tile(const WgmmaArgs& a, const Item& item, uint32_t row, uint32_t lane,
-                                           const float (&total)[kRows / 2]) {
-  const WgmmaArgs::Part& p = a.part[item.part];
-  const uint32_t g = lane >> 2, t = lane & 3;
+__device__ __forceinline__ void write_tile(const WgmmaArgs& a, const Tile& tile, uint32_t row, uint32_t lane,
+                                           float (&total)[kRows / 2]) {
+  const WgmmaArgs::Part& p = a.part[tile.part];
+  const uint32_t n = row + lane / 4, m = tile.x_row + lane % 4 * 2, ldo = p.ldo;
+  const bool there[2] = {n < p.rows, n + 8 < p.rows};
+#pragma unroll
+  for (uint32_t i = 0; i < kRows / 2; ++i) total[i] *= p.scale;
+  if (a.row_scale != nullptr) {
+#pragma unroll
+    for (uint32_t i = 0; i < kRows / 8; ++i) {
+      const float s0 = a.row_scale[min(m + i * 8, a.rows - 1)], s1 = a.row_scale[min(m + i * 8 + 1, a.rows - 1)];
+      total[4 * i] *= s0;
+      total[4 * i + 1] *= s1;
+      total[4 * i + 2] *= s0;
+      total[4 * i + 3] *= s1;
+    }
+  }
+  if (p.vector != nullptr) {
+    const float v0 = there[0] ? p.vector[n] : 0, v8 = there[1] ? p.vector[n + 8] : 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kRows / 2; ++i) total[i] += i / 2 % 2 == 0 ? v0 : v8;
+  }
+  float* out = p.out + uint64_t{m} * ldo + n;
+  if (a.accumulate) {
+#pragma unroll
+    for (uint32_t i = 0; i < kRows / 2; ++i) {
+      const uint32_t down = i / 4 * 8 + i % 2;
+      if (m + down < a.rows && there[i / 2 % 2]) total[i] += out[uint64_t{down} * ldo + i / 2 % 2 * 8];
+    }
+  }
 #pragma unroll
   for (uint32_t i = 0; i < kRows / 2; ++i) {
-    const uint32_t m = item.x_row + i / 4 * 8 + 2 * t + (i & 1), n = row + g + 8 * (i / 2 % 2);
-    if (m >= a.rows || n >= p.rows) continue;
-    float value = total[i] * p.scale;
-    if (a.row_scale != nullptr) value *= a.row_scale[m];
-    if (p.vector != nullptr) value += p.vector[n];
-    float* out = p.out + uint64_t{m} * p.ldo + n;
-    *out = a.accumulate ? *out + value : value;
+    const uint32_t down = i / 4 * 8 + i % 2;
+    if (m + down < a.rows && there[i / 2 % 2]) out[uint64_t{down} * ldo + i / 2 % 2 * 8] = total[i];
   }
 }
 
@@ -399,27 +473,30 @@ __global__ void SLUICE_PAIRS __launch_bounds__(384, 1) matmul_int4_wgmma_kernel(
     async_proxy_fence();
   }
   cluster_sync();
-  wait_for_previous_kernel();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) produce<kRows, kGroup>(a, shared_address(stages), full, empty);
     __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    wait_for_previous_kernel();
     const uint32_t half = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const Int4Zero zero = a.has_bias ? int4_zero(0, 0) : int4_zero(8, 8);
     Place<S::kCount> place;
     if (half == 1) pass_turn(half);
-    for (uint32_t index = blockIdx.x / 2; index < a.pairs * a.splits; index += gridDim.x / 2) {
-      const Item item = item_of(a, index, cluster_rank(), kRows);
-      const bool has_zeros = a.part[item.part].has_zeros;
+    Work work(a);
+    for (Item item; work.next(a, item);) {
       float total[kRows / 2];
 #pragma unroll
       for (uint32_t i = 0; i < kRows / 2; ++i) total[i] = 0;
-      Walk<kRows, kGroup> walk = {stages, full, empty, half, half * 4 + warp, lane, has_zeros, item.end - item.first,
+      Walk<kRows, kGroup> walk = {stages, full,        empty,      half, half * 4 + warp,
+                                  lane,   a.has_zeros, a.has_bias, zero, item.end - item.first,
                                   place};
       multiply_item<kRows, kGroup>(walk, total);
-      if (a.splits > 1 && !join_splits<kRows>(a, item, half, threadIdx.x % 128, last, total)) continue;
-      write_tile<kRows>(a, item, item.block * kBlockRows + half * 64 + warp * 16, lane, total);
+      const bool whole = item.end - item.first == a.stages;
+      if (!whole && !join_parts<kRows>(a, item.pair, half, threadIdx.x % 128, last, total)) continue;
+      const Tile tile(a, item.pair, kRows);
+      write_tile<kRows>(a, tile, tile.block * kBlockRows + half * 64 + warp * 16, lane, total);
     }
     if (half == 0) wait_turn(half);  // the turn that is left over
   }
@@ -427,6 +504,31 @@ __global__ void SLUICE_PAIRS __launch_bounds__(384, 1) matmul_int4_wgmma_kernel(
 #else
   __trap();  // the dispatcher calls this on compute capability 9.0 only, where the build has sm_90a
 #endif
+}
+
+// Sums of x over each group of columns, for weights with a bias: out[group][stride], in a fixed order. A warp takes 256
+// columns of a row, 8 a lane. Geometry: (ceil(ldx / 1024), rows) blocks of 128 threads.
+struct GroupSumArgs {
+  const __half* x;
+  float* out;
+  uint32_t ldx, groups, group_elems, stride;
+};
+
+__global__ void __launch_bounds__(128) group_sums_kernel(const __grid_constant__ GroupSumArgs a) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const uint32_t column = blockIdx.x * 1024 + threadIdx.x * 8, row = blockIdx.y;
+  float sum = 0;
+  if (column < a.ldx) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(a.x + uint64_t{row} * a.ldx + column));
+    for (const uint32_t pair : {v.x, v.y, v.z, v.w}) {
+      const float2 x = __half22float2(half2_of(pair));
+      sum += x.x + x.y;
+    }
+  }
+  for (uint32_t step = 1; step < a.group_elems / 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  const uint32_t group = column / a.group_elems;
+  if (column % a.group_elems == 0 && group < a.groups) a.out[uint64_t{group} * a.stride + row] = sum;
 }
 
 // cuTensorMapEncodeTiled, which lives in the driver: found at run time, so that nothing links to it.
@@ -459,52 +561,104 @@ bool encode(CUtensorMap& map, const Plane& plane) {
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+uint32_t rows_of_tile(uint32_t rows) { return rows <= 32 ? 32 : rows <= 64 ? 64 : 128; }
+
+// Who does what, see the top of the file.
+struct Schedule {
+  uint32_t row_blocks = 0, pairs = 0, stages = 0;
+  uint32_t clusters = 0, split_pairs = 0, split_clusters = 0;
+};
+
+// A share has at least 4 stages and an eighth of K. Cutting must save what joining the parts costs: about the time of
+// 4 stages.
+Schedule schedule_of(const MatmulCall& call, uint32_t processors) {
+  constexpr uint32_t kLeast = 4, kMostParts = 8, kJoinStages = 4;
+  Schedule s;
+  uint32_t blocks = 0;
+  for (uint32_t i = 0; i < call.parts; ++i) blocks += (call.part[i].weight.rows + kBlockRows - 1) / kBlockRows;
+  const uint32_t tile_rows = rows_of_tile(call.rows), most = std::max(1u, processors / 2);
+  s.row_blocks = (call.rows + tile_rows - 1) / tile_rows;
+  s.pairs = (blocks + 1) / 2 * s.row_blocks;
+  s.stages = (call.part[0].weight.cols + kStageCols - 1) / kStageCols;
+  s.clusters = std::min(s.pairs, most);
+  const uint32_t rest = s.pairs % most, stages = rest * s.stages;
+  const uint32_t sharing = std::min(most, stages / std::max(kLeast, (s.stages + kMostParts - 1) / kMostParts));
+  if (sharing > rest && (stages + sharing - 1) / sharing + kJoinStages < s.stages) {
+    s.split_pairs = rest;
+    s.split_clusters = sharing;
+    s.clusters = std::max(sharing, s.pairs == rest ? 0 : most);
+  }
+  return s;
+}
+
+uint64_t partial_bytes(const Schedule& s, uint32_t rows) {
+  return uint64_t{s.split_clusters} * 2 * 2 * kBlockRows * rows_of_tile(rows) * sizeof(float);
+}
+
+// Floats from one group's sums of x to the next one's.
+uint32_t sums_stride(const MatmulCall& call) { return (call.rows + 3) / 4 * 4; }
+uint32_t groups_of(const MatmulWeight& w) { return (w.cols + w.group_elems - 1) / w.group_elems; }
+
+cudaError_t sum_groups(const MatmulCall& call, float* out, cudaStream_t stream) {
+  const MatmulWeight& w = call.part[0].weight;
+  const GroupSumArgs args = {call.x, out, call.ldx, groups_of(w), w.group_elems, sums_stride(call)};
+  return launch_grid(group_sums_kernel, args, dim3((call.ldx + 1023) / 1024, call.rows), 128, 0, call, stream);
+}
+
 template <uint32_t kRows, uint32_t kGroup>
-cudaError_t launch(WgmmaArgs& args, const MatmulCall& call, cudaStream_t stream) {
+cudaError_t launch(const WgmmaArgs& args, uint32_t clusters, const MatmulCall& call, cudaStream_t stream) {
   using S = Stage<kRows, kGroup>;
   static std::atomic<uint64_t> seen{0};
   const uint32_t shared = S::kCount * S::kBytes + 1024;
-  uint32_t processors = 0;
-  cudaError_t error = multiprocessors(processors);
-  if (error == cudaSuccess) error = allow_shared(matmul_int4_wgmma_kernel<kRows, kGroup>, shared, seen);
+  const cudaError_t error = allow_shared(matmul_int4_wgmma_kernel<kRows, kGroup>, shared, seen);
   if (error != cudaSuccess) return error;
-  return launch_grid(matmul_int4_wgmma_kernel<kRows, kGroup>, args,
-                     dim3(std::min(args.pairs * args.splits, processors / 2) * 2), 384, shared, call, stream);
+  return launch_grid(matmul_int4_wgmma_kernel<kRows, kGroup>, args, dim3(clusters * 2), 384, shared, call, stream);
 }
 
 template <uint32_t kRows>
-cudaError_t launch_rows(WgmmaArgs& args, const MatmulCall& call, cudaStream_t stream) {
+cudaError_t launch_rows(const WgmmaArgs& args, uint32_t clusters, const MatmulCall& call, cudaStream_t stream) {
   switch (call.part[0].weight.group_elems) {
     case 32:
-      return launch<kRows, 32>(args, call, stream);
+      return launch<kRows, 32>(args, clusters, call, stream);
     case 64:
-      return launch<kRows, 64>(args, call, stream);
+      return launch<kRows, 64>(args, clusters, call, stream);
     default:
-      return launch<kRows, 128>(args, call, stream);
+      return launch<kRows, 128>(args, clusters, call, stream);
   }
 }
 
-uint32_t rows_of_tile(uint32_t rows) { return rows <= 32 ? 32 : rows <= 64 ? 64 : 128; }
-
-// Pairs count for two.
-uint32_t tiles_of(const MatmulCall& call) {
-  uint32_t blocks = 0;
-  for (uint32_t i = 0; i < call.parts; ++i) blocks += (call.part[i].weight.rows + kBlockRows - 1) / kBlockRows;
-  const uint32_t tile_rows = rows_of_tile(call.rows);
-  return (blocks + 1) / 2 * 2 * ((call.rows + tile_rows - 1) / tile_rows);
-}
-
-uint32_t splits_of(const MatmulCall& call, uint32_t processors) {
-  const uint32_t stages = (call.part[0].weight.cols + kStageCols - 1) / kStageCols;
-  return std::max(1u, std::min({processors / tiles_of(call), stages / 4, 8u}));
+// All tensor maps; false where the driver refuses one.
+bool encode_maps(WgmmaArgs& args, const MatmulCall& call, const float* x_sums) {
+  const MatmulWeight& first = call.part[0].weight;
+  const uint64_t tiles64 = (first.cols + 63) / 64, groups = groups_of(first);
+  const uint32_t stage_groups = kStageCols / first.group_elems, tile_rows = rows_of_tile(call.rows);
+  bool good = encode(args.x, {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, call.x, tiles64 * 64, call.rows, uint64_t{call.ldx} * 2,
+                              64, tile_rows, CU_TENSOR_MAP_SWIZZLE_128B});
+  if (args.has_bias) {
+    good = good &&
+           encode(args.x_sums, {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, x_sums, call.rows, groups,
+                                uint64_t{sums_stride(call)} * 4, tile_rows, stage_groups, CU_TENSOR_MAP_SWIZZLE_NONE});
+  }
+  for (uint32_t i = 0; i < call.parts; ++i) {
+    const MatmulWeight& w = call.part[i].weight;
+    const uint64_t row_tiles = (w.rows + 15) / 16;
+    const auto group_plane = [&](CUtensorMap& map, CUtensorMapDataType type, const void* at, uint32_t bytes) {
+      return encode(map, {type, at, groups * 16, row_tiles, groups * 16 * bytes, stage_groups * 16, 8,
+                          CU_TENSOR_MAP_SWIZZLE_NONE});
+    };
+    good = good && encode(args.part[i].values, {CU_TENSOR_MAP_DATA_TYPE_UINT32, w.values, tiles64 * 128, row_tiles,
+                                                tiles64 * 512, 256, 8, CU_TENSOR_MAP_SWIZZLE_NONE});
+    good = good && group_plane(args.part[i].scales, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, w.scales, 2);
+    if (args.has_bias) good = good && group_plane(args.part[i].extra, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, w.bias, 2);
+    if (args.has_zeros) good = good && group_plane(args.part[i].extra, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.zeros, 1);
+  }
+  return good;
 }
 
 }  // namespace
 
 bool wgmma_serves(const MatmulCall& call) {
-  for (uint32_t i = 0; i < call.parts; ++i) {
-    if (call.part[i].weight.format != WeightFormat::int4 || call.part[i].weight.bias != nullptr) return false;
-  }
+  if (call.part[0].weight.format != WeightFormat::int4) return false;
   int device = 0, major = 0, minor = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
@@ -512,58 +666,58 @@ bool wgmma_serves(const MatmulCall& call) {
   return major == 9 && minor == 0 && encode_tiled() != nullptr;
 }
 
-uint64_t wgmma_partial_bytes(const MatmulCall& call) {
+uint64_t wgmma_workspace_bytes(const MatmulCall& call) {
   uint32_t processors = 0;
   if (multiprocessors(processors) != cudaSuccess) return 0;
-  const uint32_t splits = splits_of(call, processors);
-  return splits == 1 ? 0 : uint64_t{splits} * tiles_of(call) * kBlockRows * rows_of_tile(call.rows) * sizeof(float);
+  const MatmulWeight& w = call.part[0].weight;
+  const uint64_t sums = w.bias == nullptr ? 0 : uint64_t{groups_of(w)} * sums_stride(call) * sizeof(float);
+  return partial_bytes(schedule_of(call, processors), call.rows) + sums;
 }
 
 cudaError_t matmul_int4_wgmma(const MatmulCall& call, cudaStream_t stream) {
-  const MatmulWeight& first = call.part[0].weight;
-  const uint64_t tiles64 = (first.cols + 63) / 64, groups = (first.cols + first.group_elems - 1) / first.group_elems;
-  const uint32_t stage_groups = kStageCols / first.group_elems, tile_rows = rows_of_tile(call.rows);
   uint32_t processors = 0;
-  const cudaError_t error = multiprocessors(processors);
+  cudaError_t error = multiprocessors(processors);
   if (error != cudaSuccess) return error;
+  const Schedule schedule = schedule_of(call, processors);
+  uint8_t* behind_counters = static_cast<uint8_t*>(call.workspace) + kMatmulCounterBytes;
+  float* x_sums = reinterpret_cast<float*>(behind_counters + partial_bytes(schedule, call.rows));
   WgmmaArgs args = {};
-  uint32_t blocks = 0;
-  bool good = encode(args.x, {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, call.x, tiles64 * 64, call.rows, uint64_t{call.ldx} * 2,
-                              64, tile_rows, CU_TENSOR_MAP_SWIZZLE_128B});
-  for (uint32_t i = 0; i < call.parts; ++i) {
-    const MatmulWeight& w = call.part[i].weight;
+  args.has_zeros = call.part[0].weight.zeros != nullptr;
+  args.has_bias = call.part[0].weight.bias != nullptr;
+  if (!encode_maps(args, call, x_sums)) return cudaErrorInvalidValue;
+  for (uint32_t i = 0, blocks = 0; i < call.parts; ++i) {
+    const MatmulPart& from = call.part[i];
     WgmmaArgs::Part& part = args.part[i];
-    const uint64_t row_tiles = (w.rows + 15) / 16;
-    good = good && encode(part.values, {CU_TENSOR_MAP_DATA_TYPE_UINT32, w.values, tiles64 * 128, row_tiles,
-                                        tiles64 * 512, 256, 8, CU_TENSOR_MAP_SWIZZLE_NONE});
-    good = good && encode(part.scales, {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, w.scales, groups * 16, row_tiles, groups * 32,
-                                        stage_groups * 16, 8, CU_TENSOR_MAP_SWIZZLE_NONE});
-    part.has_zeros = w.zeros != nullptr;
-    if (part.has_zeros) {
-      good = good && encode(part.zeros, {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.zeros, groups * 16, row_tiles, groups * 16,
-                                         stage_groups * 16, 8, CU_TENSOR_MAP_SWIZZLE_NONE});
-    }
-    part.out = call.part[i].out;
-    part.vector = call.part[i].vector;
-    part.ldo = call.part[i].ldo;
-    part.rows = w.rows;
+    part.out = from.out;
+    part.vector = from.vector;
+    part.ldo = from.ldo;
+    part.rows = from.weight.rows;
     part.first_block = blocks;
-    part.scale = w.scale;
-    blocks += (w.rows + kBlockRows - 1) / kBlockRows;
+    part.scale = from.weight.scale;
+    blocks += (from.weight.rows + kBlockRows - 1) / kBlockRows;
   }
-  if (!good) return cudaErrorInvalidValue;
   args.row_scale = call.row_scale;
   args.counters = static_cast<uint32_t*>(call.workspace);
-  args.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kMatmulCounterBytes);
+  args.partial = reinterpret_cast<float*>(behind_counters);
   args.rows = call.rows;
   args.parts = call.parts;
-  args.row_blocks = (call.rows + tile_rows - 1) / tile_rows;
-  args.pairs = (blocks + 1) / 2 * args.row_blocks;
-  args.splits = splits_of(call, processors);
-  args.stages_of_k = (first.cols + kStageCols - 1) / kStageCols;
+  args.row_blocks = schedule.row_blocks;
+  args.pairs = schedule.pairs;
+  args.stages = schedule.stages;
+  args.split_pairs = schedule.split_pairs;
+  args.split_clusters = schedule.split_clusters;
   args.accumulate = call.accumulate;
-  if (tile_rows == 32) return launch_rows<32>(args, call, stream);
-  return tile_rows == 64 ? launch_rows<64>(args, call, stream) : launch_rows<128>(args, call, stream);
+  args.weights_early = call.weights_early && call.programmatic;
+  if (args.has_bias) error = sum_groups(call, x_sums, stream);
+  if (error != cudaSuccess) return error;
+  switch (rows_of_tile(call.rows)) {
+    case 32:
+      return launch_rows<32>(args, schedule.clusters, call, stream);
+    case 64:
+      return launch_rows<64>(args, schedule.clusters, call, stream);
+    default:
+      return launch_rows<128>(args, schedule.clusters, call, stream);
+  }
 }
 
 }  // namespace sluice::cuda

@@ -69,10 +69,10 @@ cudaError_t matmul_int4(MatmulArgs& args, const MatmulCall& call, cudaStream_t s
 cudaError_t matmul_int8(MatmulArgs& args, const MatmulCall& call, cudaStream_t stream);
 cudaError_t matmul_half(MatmulArgs& args, bool bf16, const MatmulCall& call, cudaStream_t stream);
 
-// 9 rows and more on compute capability 9.0. `serves`: the device and the weights are such; `partial_bytes`: of the
-// workspace behind the counters.
+// 9 rows and more on compute capability 9.0. `serves`: the device and the weights are such; `workspace_bytes`: behind
+// the counters.
 bool wgmma_serves(const MatmulCall& call);
-uint64_t wgmma_partial_bytes(const MatmulCall& call);
+uint64_t wgmma_workspace_bytes(const MatmulCall& call);
 cudaError_t matmul_int4_wgmma(const MatmulCall& call, cudaStream_t stream);
 
 // f32, one part.
