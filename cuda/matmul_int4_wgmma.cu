@@ -18,8 +18,7 @@
 //                  which halves what x costs the L2 cache)
 //     warpgroups 1, 2: 64 rows of W each; per group of columns: wgmma into a fresh sum, total += scale * sum
 //
-// While one of the two scales a sum, the other keeps the tensor cores busy; half of a group is unpacked between its
-// products.
+// How unpacking and scaling hide behind products is in matmul_int4_wgmma.cuh.
 //
 // Schedule. Pairs of tiles go round the clusters in whole waves, the row blocks of x fastest, so that weights come out
 // of L2 but once. What is left for a last, partial wave is cut: its pairs' stages, laid end to end, are shared out
@@ -34,8 +33,8 @@
 // Geometry: at most one block of 384 threads per multiprocessor, in pairs; an odd tile's partner works on zeros.
 // Bytes moved: values + scales once from memory.
 // Compiled: kRows 32, 64, 128 with groups of 32, 64, 128. With a bias another kernel sums x over groups before.
+#include "cuda/matmul_int4_wgmma.cuh"
 #include "cuda/matmul_launch.hpp"
-#include "cuda/wgmma.cuh"
 
 // Clusters of two blocks; the attribute is an error on architectures that have none.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -45,339 +44,11 @@
 #endif
 
 namespace sluice::cuda {
-
-struct WgmmaArgs {
-  struct Part {
-    CUtensorMap values, scales, extra;  // extra: zeros or bias
-    float* out;
-    const float* vector;
-    uint32_t ldo, rows, first_block;
-    float scale;
-  } part[kMatmulParts];
-  CUtensorMap x, x_sums;
-  const float* row_scale;
-  float* partial;
-  uint32_t* counters;
-  uint32_t rows, parts, row_blocks, pairs, stages;  // row_blocks: of x; pairs of tiles; stages: of K
-  uint32_t split_pairs, split_clusters;             // the first pairs are cut, among so many clusters
-  bool has_zeros, has_bias, accumulate, weights_early;
-};
-
 namespace {
 
-constexpr uint32_t kBlockRows = 128;
-constexpr uint32_t kStageCols = 128;
-constexpr uint32_t kValueBytes = 8 * 1024;
-
-// Where a stage in shared memory holds what, in bytes.
-template <uint32_t kRows, uint32_t kGroup>
-struct Stage {
-  static constexpr uint32_t kGroups = kStageCols / kGroup;
-  static constexpr uint32_t kScaleBytes = 8 * kGroups * 32, kSumBytes = kGroups * kRows * 4;
-  static constexpr uint32_t kValues = kRows * kStageCols * 2;  // behind x
-  static constexpr uint32_t kScales = kValues + kValueBytes, kExtra = kScales + kScaleBytes;
-  static constexpr uint32_t kSums = kExtra + kScaleBytes;
-  static constexpr uint32_t kBytes = (kSums + kSumBytes + 1023) / 1024 * 1024;
-  static constexpr uint32_t kCount = 200 * 1024 / kBytes;
-};
+using namespace wgmma;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// A pair of tiles, of which each block of the cluster makes one, and the stages of K that this cluster adds up.
-struct Item {
-  uint32_t pair, first, end;
-};
-
-// What a cluster does, in order: its share of the cut pairs, then whole pairs.
-struct Work {
-  uint32_t at, end;  // of the share, in stages of the cut pairs laid end to end
-  uint32_t whole;    // next whole pair
-
-  static __device__ __forceinline__ uint32_t share(const WgmmaArgs& a, uint32_t cluster) {
-    return min(cluster, a.split_clusters) * (a.split_pairs * a.stages) / max(1u, a.split_clusters);
-  }
-  // The cluster that has this stage in its share.
-  static __device__ __forceinline__ uint32_t owner(const WgmmaArgs& a, uint32_t stage) {
-    uint32_t cluster = stage * a.split_clusters / (a.split_pairs * a.stages);
-    while (share(a, cluster + 1) <= stage) ++cluster;
-    return cluster;
-  }
-  explicit __device__ __forceinline__ Work(const WgmmaArgs& a) {
-    const uint32_t cluster = blockIdx.x / 2;
-    at = share(a, cluster);
-    end = share(a, cluster + 1);
-    whole = a.split_pairs + cluster;
-  }
-  __device__ __forceinline__ bool next(const WgmmaArgs& a, Item& item) {
-    if (at < end) {
-      item.pair = at / a.stages;
-      item.first = at - item.pair * a.stages;
-      item.end = min(end - item.pair * a.stages, a.stages);
-      at += item.end - item.first;
-      return true;
-    }
-    item = {whole, 0, a.stages};
-    whole += gridDim.x / 2;
-    return item.pair < a.pairs;
-  }
-};
-
-// Where this block's tile of a pair lies.
-struct Tile {
-  uint32_t part, block, x_row;  // block: of 128 rows of the part
-
-  __device__ __forceinline__ Tile(const WgmmaArgs& a, uint32_t pair, uint32_t rows_of_x) {
-    const uint32_t row = pair / a.row_blocks;
-    block = row * 2 + cluster_rank();
-    x_row = (pair - row * a.row_blocks) * rows_of_x;
-    part = 0;
-    while (part + 1 < a.parts && block >= a.part[part + 1].first_block) ++part;
-    block -= a.part[part].first_block;
-  }
-};
-
-// A place in the ring of stages.
-template <uint32_t kCount>
-struct Place {
-  uint32_t slot = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == kCount) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// One thread's walk through all stages of all items, asking for what they need.
-template <uint32_t kRows, uint32_t kGroup>
-struct Producer {
-  using S = Stage<kRows, kGroup>;
-  const WgmmaArgs& a;
-  uint32_t stages, full;
-  Work work;
-  Item item;
-  Tile tile;
-  Place<S::kCount> place;
-  bool more;
-
-  __device__ __forceinline__ Producer(const WgmmaArgs& args, uint32_t stages_at, uint32_t full_at)
-      : a(args), stages(stages_at), full(full_at), work(args), item{}, tile(args, 0, kRows) {
-    begin_item();
-  }
-  __device__ __forceinline__ void begin_item() {
-    more = work.next(a, item);
-    if (more) tile = Tile(a, item.pair, kRows);
-  }
-  __device__ __forceinline__ void advance() {
-    place.next();
-    if (++item.first == item.end) begin_item();
-  }
-  __device__ __forceinline__ void ask_weights() const {
-    const WgmmaArgs::Part& p = a.part[tile.part];
-    const uint32_t to = stages + place.slot * S::kBytes, barrier = full + place.slot * 8, row = tile.block * 8;
-    const uint32_t k = item.first, group_at = k * S::kGroups * 16;
-    const uint32_t extra = a.has_bias ? S::kScaleBytes + S::kSumBytes : a.has_zeros ? S::kScaleBytes / 2 : 0;
-    barrier_expect(barrier, S::kExtra + extra);
-    tensor_copy(to + S::kValues, &p.values, k * 256, row, barrier);
-    tensor_copy(to + S::kScales, &p.scales, group_at, row, barrier);
-    if (extra != 0) tensor_copy(to + S::kExtra, &p.extra, group_at, row, barrier);
-  }
-  __device__ __forceinline__ void ask_activations() const {
-    const uint32_t to = stages + place.slot * S::kBytes, barrier = full + place.slot * 8, rank = cluster_rank();
-    const uint32_t k = item.first;
-    tensor_copy_both(to + rank * (S::kValues / 2), &a.x, k * kStageCols + rank * 64, tile.x_row, barrier);
-    if (a.has_bias) tensor_copy(to + S::kSums, &a.x_sums, tile.x_row, k * S::kGroups, barrier);
-  }
-};
-
-// Weights that were complete before the kernel in front started fill the ring while that one ends.
-template <uint32_t kRows, uint32_t kGroup>
-__device__ __forceinline__ void produce(const WgmmaArgs& a, uint32_t stages, uint32_t full, uint32_t empty) {
-  constexpr uint32_t kCount = Stage<kRows, kGroup>::kCount;
-  Producer<kRows, kGroup> producer(a, stages, full);
-  uint32_t early = 0;
-  if (a.weights_early) {
-    Producer<kRows, kGroup> weights = producer;
-    for (; early < kCount && weights.more; ++early, weights.advance()) weights.ask_weights();
-  }
-  wait_for_previous_kernel();
-#pragma unroll 1
-  for (uint32_t i = 0; producer.more; ++i, producer.advance()) {
-    if (i >= kCount) barrier_wait(empty + producer.place.slot * 8, producer.place.parity ^ 1);
-    if (i >= early) producer.ask_weights();
-    producer.ask_activations();
-  }
-}
-
-// The two warpgroups issue their products in turns: issued together they would share the tensor cores evenly, end
-// together, and leave them idle while both scale.
-__device__ __forceinline__ void wait_turn(uint32_t half) {
-  asm volatile("bar.sync %0, 256;" ::"r"(3 + half) : "memory");
-}
-__device__ __forceinline__ void pass_turn(uint32_t half) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(4 - half) : "memory");
-}
-
-// One group of a warp's row tile as it is stored, in registers.
-template <uint32_t kGroup>
-struct Packed {
-  uint4 words[(kGroup + 63) / 64];
-  Int4Zero zero;
-  float s0, s8;  // scales of rows g and g + 8
-
-  // 16 columns; `k16` counts them from the start of the words' first 64 columns.
-  __device__ __forceinline__ Fragment fragment(uint32_t k16) const {
-    const uint4& w = words[k16 / 4];
-    return fragment_int4(k16 % 4 == 0 ? w.x : k16 % 4 == 1 ? w.y : k16 % 4 == 2 ? w.z : w.w, zero);
-  }
-};
-
-// Left to itself the compiler would unpack behind the next fence, where registers of a wgmma must not be written.
-__device__ __forceinline__ void stay_here(Fragment& f) {
-  asm volatile("" : "+r"(f.a[0]), "+r"(f.a[1]), "+r"(f.a[2]), "+r"(f.a[3]));
-}
-
-// The same with the first half of it ready for the tensor cores.
-template <uint32_t kGroup>
-struct Ready {
-  Fragment head[kGroup / 32];
-  Packed<kGroup> packed;
-};
-
-// A warp's walk through the stages of an item.
-template <uint32_t kRows, uint32_t kGroup>
-struct Walk {
-  const uint8_t* stages;
-  uint32_t full, empty;
-  uint32_t half, tile, lane;  // half: which warpgroup; tile: row tile of the block
-  bool has_zeros, has_bias;
-  Int4Zero zero;  // where groups have none of their own
-  uint32_t left;  // stages of this item, the present one included
-  Place<Stage<kRows, kGroup>::kCount>& place;
-};
-
-template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
-__device__ __forceinline__ void load_packed(const Walk<kRows, kGroup>& w, const uint8_t* stage, Packed<kGroup>& out) {
-  using S = Stage<kRows, kGroup>;
-  const uint32_t at = (w.tile * S::kGroups + kIndex) * 16 + w.lane / 4;
-  const __half* scales = reinterpret_cast<const __half*>(stage + S::kScales) + at;
-#pragma unroll
-  for (uint32_t i = 0; i < (kGroup + 63) / 64; ++i) {
-    out.words[i] = load_shared16(shared_address(stage) + S::kValues + w.tile * 1024 + (kIndex * kGroup / 64 + i) * 512 +
-                                 w.lane * 16);
-  }
-  out.s0 = __half2float(scales[0]);
-  out.s8 = __half2float(scales[8]);
-  out.zero = w.zero;
-  if (w.has_zeros) out.zero = int4_zero(stage[S::kExtra + at], stage[S::kExtra + at + 8]);
-}
-
-// total += bias * sum of x over the group.
-template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
-__device__ __forceinline__ void add_bias(const Walk<kRows, kGroup>& w, const uint8_t* stage,
-                                         float (&total)[kRows / 2]) {
-  using S = Stage<kRows, kGroup>;
-  const __half* bias =
-      reinterpret_cast<const __half*>(stage + S::kExtra) + (w.tile * S::kGroups + kIndex) * 16 + w.lane / 4;
-  const float b0 = __half2float(bias[0]), b8 = __half2float(bias[8]);
-  const float2* sums = reinterpret_cast<const float2*>(stage + S::kSums) + kIndex * (kRows / 2) + w.lane % 4;
-#pragma unroll
-  for (uint32_t i = 0; i < kRows / 8; ++i) {
-    const float2 x = sums[i * 4];
-    total[4 * i] = fmaf(b0, x.x, total[4 * i]);
-    total[4 * i + 1] = fmaf(b0, x.y, total[4 * i + 1]);
-    total[4 * i + 2] = fmaf(b8, x.x, total[4 * i + 2]);
-    total[4 * i + 3] = fmaf(b8, x.y, total[4 * i + 3]);
-  }
-}
-
-// total += scale * (group's weights * x). The group's second half is unpacked between the products of its first, the
-// first half of the group behind it, `next`, after them; behind an item's last group something is, for a branch between
-// products would have them wait for each other.
-template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
-__device__ __forceinline__ void multiply_group(Walk<kRows, kGroup>& w, const Ready<kGroup>& now, Ready<kGroup>& next,
-                                               float (&total)[kRows / 2]) {
-  using S = Stage<kRows, kGroup>;
-  constexpr bool kLast = kIndex + 1 == S::kGroups;
-  constexpr uint32_t kNext = kLast ? 0 : kIndex + 1, kSteps = kGroup / 16, kHead = kSteps / 2;
-  const uint8_t *stage = w.stages + w.place.slot * S::kBytes, *from = stage;
-  // Broadcast, so that the compiler knows it is one for all lanes and keeps descriptors in uniform registers.
-  const uint32_t x = __shfl_sync(0xffffffffu, shared_address(stage) / 16, 0);
-  const uint32_t done = w.empty + w.place.slot * 8;
-  if constexpr (kLast) {
-    w.place.next();
-    if (--w.left != 0) {
-      barrier_wait(w.full + w.place.slot * 8, w.place.parity);
-      from = w.stages + w.place.slot * S::kBytes;
-    }
-  }
-  load_packed<kRows, kGroup, kNext>(w, from, next.packed);
-  float sum[kRows / 2];
-  const auto multiply = [&](const Fragment& f, uint32_t k) {
-    const uint32_t k16 = kIndex * kSteps + k;
-    wgmma_step(sum, f, x_descriptor(x + (k16 / 4 * (S::kValues / 2) + k16 % 4 * 32) / 16), k != 0);
-  };
-  Fragment tail[kHead];
-  wait_turn(w.half);
-#pragma unroll
-  for (uint32_t k = 0; k < kHead; ++k) {
-    wgmma_fence();  // for the registers written behind the product before
-    multiply(now.head[k], k);
-    tail[k] = now.packed.fragment(kIndex * kSteps % 4 + kHead + k);
-    stay_here(tail[k]);
-  }
-  wgmma_fence();
-#pragma unroll
-  for (uint32_t k = 0; k < kHead; ++k) multiply(tail[k], kHead + k);
-  wgmma_commit();
-  pass_turn(w.half);
-#pragma unroll
-  for (uint32_t k = 0; k < kHead; ++k) {
-    next.head[k] = next.packed.fragment(kNext * kSteps % 4 + k);
-    stay_here(next.head[k]);
-  }
-  wgmma_wait<0>();
-  if (w.has_bias) add_bias<kRows, kGroup, kIndex>(w, stage, total);
-  if (kLast && w.lane < 2) barrier_arrive_at(done, w.lane);
-  const float s0 = now.packed.s0, s8 = now.packed.s8;
-#pragma unroll
-  for (uint32_t i = 0; i < kRows / 8; ++i) {
-    total[4 * i] = fmaf(s0, sum[4 * i], total[4 * i]);
-    total[4 * i + 1] = fmaf(s0, sum[4 * i + 1], total[4 * i + 1]);
-    total[4 * i + 2] = fmaf(s8, sum[4 * i + 2], total[4 * i + 2]);
-    total[4 * i + 3] = fmaf(s8, sum[4 * i + 3], total[4 * i + 3]);
-  }
-}
-
-// All stages of an item. Two sets of weights take turns by name: copied from one to the other, registers that a wgmma
-// in flight reads would be written, and the compiler serializes all of them.
-template <uint32_t kRows, uint32_t kGroup>
-__device__ __forceinline__ void multiply_item(Walk<kRows, kGroup>& w, float (&total)[kRows / 2]) {
-  using S = Stage<kRows, kGroup>;
-  Ready<kGroup> even, odd;
-  barrier_wait(w.full + w.place.slot * 8, w.place.parity);
-  load_packed<kRows, kGroup, 0>(w, w.stages + w.place.slot * S::kBytes, even.packed);
-#pragma unroll
-  for (uint32_t k = 0; k < kGroup / 32; ++k) {
-    even.head[k] = even.packed.fragment(k);
-    stay_here(even.head[k]);
-  }
-#pragma unroll 1
-  while (true) {
-    multiply_group<kRows, kGroup, 0>(w, even, odd, total);
-    if constexpr (S::kGroups == 1) {
-      if (w.left == 0) break;
-      multiply_group<kRows, kGroup, 0>(w, odd, even, total);
-    } else {
-      multiply_group<kRows, kGroup, 1>(w, odd, even, total);
-      if constexpr (S::kGroups == 4) {
-        multiply_group<kRows, kGroup, 2>(w, even, odd, total);
-        multiply_group<kRows, kGroup, 3>(w, odd, even, total);
-      }
-    }
-    if (w.left == 0) break;
-  }
-}
 
 // Leaves this cluster's totals of a cut pair in the workspace; true for the last of the pair's clusters, whose `total`
 // is then the sum. A share meets two pairs at most: two places for each cluster.
@@ -481,24 +152,31 @@ __global__ void SLUICE_PAIRS __launch_bounds__(384, 1) matmul_int4_wgmma_kernel(
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     wait_for_previous_kernel();
     const uint32_t half = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const Int4Zero zero = a.has_bias ? int4_zero(0, 0) : int4_zero(8, 8);
     Place<S::kCount> place;
-    if (half == 1) pass_turn(half);
+    if (kRows == 128 && half == 1) pass_turn(half);
     Work work(a);
     for (Item item; work.next(a, item);) {
       float total[kRows / 2];
-#pragma unroll
-      for (uint32_t i = 0; i < kRows / 2; ++i) total[i] = 0;
-      Walk<kRows, kGroup> walk = {stages, full,        empty,      half, half * 4 + warp,
-                                  lane,   a.has_zeros, a.has_bias, zero, item.end - item.first,
-                                  place};
-      multiply_item<kRows, kGroup>(walk, total);
       const bool whole = item.end - item.first == a.stages;
+      Walk<kRows, kGroup> walk = {};
+      walk.stages = stages;
+      walk.full = full;
+      walk.empty = empty;
+      walk.half = half;
+      walk.tile = half * 4 + warp;
+      walk.lane = lane;
+      walk.has_zeros = a.has_zeros;
+      walk.has_bias = a.has_bias;
+      walk.zero = a.has_bias ? int4_zero(0, 0) : int4_zero(8, 8);
+      walk.left = item.end - item.first;
+      walk.place = place;
+      multiply_item<kRows, kGroup>(walk, total);
+      place = walk.place;
       if (!whole && !join_parts<kRows>(a, item.pair, half, threadIdx.x % 128, last, total)) continue;
       const Tile tile(a, item.pair, kRows);
       write_tile<kRows>(a, tile, tile.block * kBlockRows + half * 64 + warp * 16, lane, total);
     }
-    if (half == 0) wait_turn(half);  // the turn that is left over
+    if (kRows == 128 && half == 0) wait_turn(half);  // the turn that is left over
   }
   cluster_sync();  // neither leaves while the other may still write to it
 #else
