@@ -365,14 +365,18 @@ TEST_CASE("cuda matmul of several matrices gives what one call for each does", "
   const uint32_t heights[3] = {80, 17, 33};
   for (const auto& kind : kinds) {
     std::vector<Problem> parts;
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < 3; ++i) {
       parts.push_back(make_problem({heights[i], 4224, kind[i], kind[i] == Kind::f16 ? 0u : 64u}, 70, random));
+      parts[i].x = parts[0].x;   // the matrices of a call multiply one input
+      parts[i].row_scale = parts[0].row_scale;
+    }
     for (const uint32_t rows : {1u, 7u, 20u, 70u}) {
       INFO("seed " << seed << ", " << rows << " rows, kinds " << int(kind[0]) << int(kind[1]) << int(kind[2]));
       std::vector<DeviceBuffer> outs;
       cuda::MatmulCall call;
       for (int i = 0; i < 3; ++i) {
-        outs.emplace_back(rows * parts[i].stride() * sizeof(float));
+        const std::vector<float> poison(rows * parts[i].stride(), kNaN);
+        outs.emplace_back(std::span<const float>(poison));
         Problem& p = parts[i];
         const cuda::MatmulCall one = call_of(p, 0, rows, outs.back().as<float>(), false);
         if (i == 0) call = one;
