@@ -5,6 +5,11 @@
 // X, an activation that a matmul reads: FP32 [rows][x_stride], x_stride = columns rounded up to 64, the padding zero. The
 // columns of a block of 16 stand in the order 0 1 8 9  2 3 10 11  4 5 12 13  6 7 14 15, so that the four columns of a
 // weight word that belong to lane t of a tile (storage/tile.hpp) are one vec4: number 4 * (column / 16) + t of the row.
+//
+// X may have a half form beside it, for devices that multiply FP16 matrices: numbers of X divided by a power of two of
+// their row and 64 columns (1 unless FP16 does not hold them), rows padded to 8:
+//   x_half    FP16 [ceil(rows/8)][x_stride/32][lane][2 blocks of 16 columns][4]   lane = 4 * (row % 8) + t
+//   x_scale   FP32 [ceil(rows/8)][x_stride/64][8 rows]
 // All other activations are FP32, row-major, without padding.
 #ifndef SLUICE_SHADERS_ARGUMENTS_H
 #define SLUICE_SHADERS_ARGUMENTS_H
@@ -26,6 +31,8 @@ struct MatvecArguments {
   SLUICE_ADDRESS(Floats4) x;          // X
   SLUICE_ADDRESS(Floats) vector;      // [N]
   SLUICE_ADDRESS(Floats) out_rows;    // [rows][N]
+  SLUICE_ADDRESS(Words4) x_half;      // half form of X; 0: there is none
+  SLUICE_ADDRESS(Floats) x_scale;
   uint outputs;                       // N
   uint columns;                       // K
   uint groups;                        // ceil(K / group)
@@ -34,6 +41,14 @@ struct MatvecArguments {
   uint has_vector;
   uint accumulate;
   float scale;
+};
+
+// The half form of X.
+struct HalveArguments {
+  SLUICE_ADDRESS(Floats) x;           // X
+  SLUICE_ADDRESS(Words) x_half;
+  SLUICE_ADDRESS(Floats) x_scale;
+  uint blocks;                        // x_stride / 64
 };
 
 // out = X of in / sqrt(mean(in^2) + eps) * weight

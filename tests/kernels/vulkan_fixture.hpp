@@ -38,7 +38,7 @@ struct Gpu {
     auto made_queue = backend::vulkan::Queue::create(*device, device->compute_queue());
     REQUIRE(made_queue);
     queue = std::move(*made_queue);
-    auto made_kernels = backend::vulkan::Kernels::create(*device);
+    auto made_kernels = backend::vulkan::Kernels::create(*device, *queue);
     REQUIRE(made_kernels);
     kernels = std::move(*made_kernels);
     REQUIRE(queue->allocate(commands) == VK_SUCCESS);

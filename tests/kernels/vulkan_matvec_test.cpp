@@ -17,7 +17,7 @@ using backend::vulkan::x_stride;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kUnit = 0x1p-24;    // half a last bit of an FP32 number
-constexpr uint32_t kMost = 19;       // rows of X
+constexpr uint32_t kMost = 67;       // rows of X
 constexpr size_t kGuard = 7;         // floats behind the outputs, which no shader may touch
 
 backend::vulkan::WeightFormat format_of(Kind kind) {
@@ -48,6 +48,8 @@ Problem make_problem(const WeightShape& shape, std::mt19937& random) {
   TestWeight weight = make_weight(shape, random);
   std::vector<float> x = random_floats(size_t{kMost} * shape.cols, 1.0f, random);
   for (size_t i = 0; i < x.size(); i += 97) x[i] *= 30;  // outliers, as real activations have
+  for (float& one : x) one = float_from_half(half_from_float(one));   // so that the half form holds them too
+  for (uint32_t k = 0; k < shape.cols; ++k) x[2 * shape.cols + k] *= 0x1p14f;   // ... by its scale, in this row
   std::vector<float> ordered(size_t{kMost} * x_stride(shape.cols), 0.0f);
   for (uint32_t r = 0; r < kMost; ++r) {
     for (uint32_t k = 0; k < shape.cols; ++k) {
@@ -64,13 +66,17 @@ Problem make_problem(const WeightShape& shape, std::mt19937& random) {
           .offsets = std::move(offsets), .x_device = std::move(x_device), .vector_device = std::move(vector_device)};
 }
 
-// Rows first..first+rows-1 of X; [rows][outputs] and the guard.
-std::vector<float> run(const Problem& p, uint32_t first, uint32_t rows, bool accumulate) {
+// Rows first..first+rows-1 of X; [rows][outputs] and the guard. `matrices`: by the half form of X.
+std::vector<float> run(const Problem& p, uint32_t first, uint32_t rows, bool accumulate, bool matrices = false) {
   const size_t count = size_t{rows} * p.shape.rows;
   std::vector<float> before(count + kGuard, kNaN);
   if (accumulate) std::copy_n(p.before.begin(), count, before.begin());
   const Array<float> out(before);
-  const shaders::MatvecArguments args{
+  using backend::vulkan::x_half_bytes, backend::vulkan::x_scale_bytes;
+  // Poison: rows that fill up the last eight may hold anything.
+  const Array<std::byte> x_half(x_half_bytes(rows, p.shape.cols), std::byte{0xff});
+  const Array<std::byte> x_scale(x_scale_bytes(rows, p.shape.cols), std::byte{0xff});
+  shaders::MatvecArguments args{
       .values = p.values.address(), .scales = p.scales.address(), .offsets = p.offsets.address(),
       .x = p.x_device.address(size_t{first} * x_stride(p.shape.cols)), .vector = p.vector_device.address(),
       .out_rows = out.address(), .outputs = p.shape.rows, .columns = p.shape.cols,
@@ -78,6 +84,14 @@ std::vector<float> run(const Problem& p, uint32_t first, uint32_t rows, bool acc
       .group_columns = p.shape.group, .rows = rows, .has_vector = !accumulate, .accumulate = accumulate,
       .scale = std::ldexp(1.0f, p.weight.tensor.scale_exponent)};
   gpu().run([&](backend::vulkan::Kernels& kernels, VkCommandBuffer commands) {
+    if (matrices) {
+      args.x_half = x_half.address();
+      args.x_scale = x_scale.address();
+      const VkResult code = kernels.halve_x(commands, {.x = args.x, .x_half = args.x_half, .x_scale = args.x_scale,
+                                                       .blocks = x_stride(p.shape.cols) / 64}, rows);
+      if (code != VK_SUCCESS) return code;
+      backend::vulkan::full_barrier(gpu().device->vk, commands);
+    }
     return kernels.matvec(commands, format_of(p.shape.kind), offsets_of(p.shape.kind), args);
   });
   return {out.values().begin(), out.values().end()};
@@ -99,9 +113,13 @@ double roundings(const WeightShape& shape) {
   return 2 * 16 + 4 * 2 * steps(64) + tail;
 }
 
-void check_values(const Problem& p, uint32_t rows, bool accumulate) {
-  const std::vector<float> out = run(p, 0, rows, accumulate);
-  const double n = 1.01 * roundings(p.shape) * kUnit;
+// ... and by matrix instructions, which add 16 products to a sum and cut off what lies below its last bits: 4 for each of
+// the 4 in a tile, for X and (bias) for its sum; then as above, in one slice where there are many rows.
+double matrix_roundings(const WeightShape& shape) { return 32 + 4 * std::ceil(shape.cols / 32.0) + 2 + 8 + 4; }
+
+void check_values(const Problem& p, uint32_t rows, bool accumulate, bool matrices = false) {
+  const std::vector<float> out = run(p, 0, rows, accumulate, matrices);
+  const double n = 1.01 * (matrices ? matrix_roundings(p.shape) : roundings(p.shape)) * kUnit;
   size_t wrong = 0, touched = 0;
   double worst = 0;
   for (uint32_t r = 0; r < rows; ++r) {
@@ -138,8 +156,8 @@ TEST_CASE("matvec shaders agree with sums in double and give a row the same bits
   for (const WeightShape& shape : shapes) {
     const Problem p = make_problem(shape, random);
     std::vector<std::vector<float>> alone;
-    for (uint32_t r = 0; r < kMost; ++r) alone.push_back(run(p, r, 1, false));
-    for (const uint32_t rows : {1u, 2u, 3u, 5u, 8u, 9u, kMost}) {
+    for (uint32_t r = 0; r < 19; ++r) alone.push_back(run(p, r, 1, false));
+    for (const uint32_t rows : {1u, 2u, 3u, 5u, 8u, 9u, 19u}) {
       INFO("seed " << seed << ", " << shape.text() << ", " << rows << " rows");
       check_values(p, rows, false);
       check_values(p, rows, true);
@@ -152,6 +170,38 @@ TEST_CASE("matvec shaders agree with sums in double and give a row the same bits
     }
   }
   std::printf("%zu shapes\n", shapes.size());
+}
+
+TEST_CASE("INT4 products by matrix instructions agree with sums in double, and up to eight rows in every company") {
+  if (!gpu().kernels->uses_matrices()) {
+    std::printf("%s has no matrix instructions of the kind: not tested\n", gpu().device->name().c_str());
+    return;
+  }
+  const uint32_t seed = printed_seed();
+  std::mt19937 random(seed);
+  std::vector<WeightShape> shapes = shape_table();
+  for (const Kind kind : {Kind::int4, Kind::int4_zeros, Kind::int4_bias}) {
+    shapes.push_back({273, 2112, kind, 128});
+    shapes.push_back({130, 1088, kind, 32});
+  }
+  for (const WeightShape& shape : shapes) {
+    if (shape.kind > Kind::int4_bias) continue;
+    const Problem p = make_problem(shape, random);
+    std::vector<std::vector<float>> alone;
+    for (uint32_t r = 0; r < 8; ++r) alone.push_back(run(p, r, 1, false, true));
+    for (const uint32_t rows : {1u, 3u, 8u, 9u, 17u, 40u, kMost}) {
+      INFO("seed " << seed << ", " << shape.text() << ", " << rows << " rows");
+      check_values(p, rows, false, true);
+      check_values(p, rows, true, true);
+      if (rows > 8) continue;
+      const std::vector<float> out = run(p, 0, rows, false, true);
+      size_t different = 0;
+      for (size_t i = 0; i < size_t{rows} * shape.rows; ++i) {
+        different += same_bits(out[i], alone[i / shape.rows][i % shape.rows]) ? 0 : 1;
+      }
+      CHECK(different == 0);
+    }
+  }
 }
 
 TEST_CASE("activations that are not finite make every output of their row NaN and of no other row") {

@@ -24,6 +24,7 @@ constexpr const char* kUseCpu = "--backend cpu runs without a GPU";
 
 // Everything that is asked of a physical device, in one chain. Not copied: the structs point at each other.
 struct Description {
+  VkPhysicalDeviceCooperativeMatrixFeaturesNV matrices{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_NV};
   VkPhysicalDeviceVulkan12Features features12{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES};
   VkPhysicalDeviceFeatures2 features{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, &features12};
   VkPhysicalDeviceExternalMemoryHostPropertiesEXT import{
@@ -35,6 +36,7 @@ struct Description {
   VkPhysicalDeviceMemoryProperties2 memory{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2};
   std::vector<VkQueueFamilyProperties> families;
   std::vector<VkExtensionProperties> extensions;
+  bool has_matrices = false;          // of the kind that the shaders use
 
   Description() = default;
   Description(const Description&) = delete;
@@ -48,6 +50,25 @@ struct Description {
   }
 };
 
+// FP16 matrices 16x16 by 16x8 with FP32 sums, over a subgroup of 32.
+bool has_matrices(const Functions& vk, VkPhysicalDevice physical, const Description& d) {
+  const VkSubgroupFeatureFlags operations = VK_SUBGROUP_FEATURE_BASIC_BIT | VK_SUBGROUP_FEATURE_ARITHMETIC_BIT;
+  if (!d.matrices.cooperativeMatrix || !d.features12.shaderFloat16 || !d.features12.vulkanMemoryModel ||
+      d.subgroup.subgroupSize != 32 || (d.subgroup.supportedOperations & operations) != operations ||
+      vk.vkGetPhysicalDeviceCooperativeMatrixPropertiesNV == nullptr) {
+    return false;
+  }
+  uint32_t count = 0;
+  if (vk.vkGetPhysicalDeviceCooperativeMatrixPropertiesNV(physical, &count, nullptr) != VK_SUCCESS) return false;
+  std::vector<VkCooperativeMatrixPropertiesNV> kinds(count, {VK_STRUCTURE_TYPE_COOPERATIVE_MATRIX_PROPERTIES_NV});
+  if (vk.vkGetPhysicalDeviceCooperativeMatrixPropertiesNV(physical, &count, kinds.data()) != VK_SUCCESS) return false;
+  return std::any_of(kinds.begin(), kinds.end(), [](const VkCooperativeMatrixPropertiesNV& kind) {
+    return kind.MSize == 16 && kind.NSize == 8 && kind.KSize == 16 && kind.AType == VK_COMPONENT_TYPE_FLOAT16_NV &&
+           kind.BType == VK_COMPONENT_TYPE_FLOAT16_NV && kind.CType == VK_COMPONENT_TYPE_FLOAT32_NV &&
+           kind.DType == VK_COMPONENT_TYPE_FLOAT32_NV && kind.scope == VK_SCOPE_SUBGROUP_NV;
+  });
+}
+
 void describe(const Functions& vk, VkPhysicalDevice physical, Description& out) {
   uint32_t count = 0;
   if (vk.vkEnumerateDeviceExtensionProperties(physical, nullptr, &count, nullptr) == VK_SUCCESS) {
@@ -56,12 +77,15 @@ void describe(const Functions& vk, VkPhysicalDevice physical, Description& out) 
     out.extensions.resize(code == VK_SUCCESS || code == VK_INCOMPLETE ? count : 0);
   }
   out.subgroup.pNext = out.has(VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME) ? &out.import : nullptr;
+  const bool matrices = out.has(VK_NV_COOPERATIVE_MATRIX_EXTENSION_NAME);
+  if (matrices) out.features12.pNext = &out.matrices;
   vk.vkGetPhysicalDeviceProperties2(physical, &out.properties);
   vk.vkGetPhysicalDeviceFeatures2(physical, &out.features);
   vk.vkGetPhysicalDeviceMemoryProperties2(physical, &out.memory);
   vk.vkGetPhysicalDeviceQueueFamilyProperties(physical, &count, nullptr);
   out.families.resize(count);
   vk.vkGetPhysicalDeviceQueueFamilyProperties(physical, &count, out.families.data());
+  out.has_matrices = matrices && has_matrices(vk, physical, out);
 }
 
 uint32_t largest_local_heap(const VkPhysicalDeviceMemoryProperties& memory) {
@@ -130,6 +154,7 @@ std::string features_text(const Description& d) {
   std::string text = fmt::format("subgroups of {}", d.subgroup.subgroupSize);
   if (d.has(VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME)) text += ", imports host memory";
   const bool copies = std::any_of(d.families.begin(), d.families.end(), copies_only);
+  if (d.has_matrices) text += ", FP16 matrices (VK_NV_cooperative_matrix)";
   text += copies ? ", a queue for copies" : !d.families.empty() && d.families[0].queueCount > 1 ? ", several queues" : ", one queue";
   return text;
 }
@@ -267,9 +292,16 @@ Status Device::create_device(VkPhysicalDevice physical) {
     queues[queue_infos++] = {.sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO, .queueFamilyIndex = place.family,
                              .queueCount = 1, .pQueuePriorities = kPriorities};
   }
+  has_matrices_ = d.has_matrices;
+  if (has_matrices_) extensions.push_back(VK_NV_COOPERATIVE_MATRIX_EXTENSION_NAME);
+  VkPhysicalDeviceCooperativeMatrixFeaturesNV matrices{
+      .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_NV, .cooperativeMatrix = VK_TRUE};
   VkPhysicalDeviceVulkan12Features features{.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES,
+                                            .pNext = has_matrices_ ? &matrices : nullptr,
+                                            .shaderFloat16 = has_matrices_,
                                             .timelineSemaphore = VK_TRUE,
-                                            .bufferDeviceAddress = VK_TRUE};
+                                            .bufferDeviceAddress = VK_TRUE,
+                                            .vulkanMemoryModel = has_matrices_};
   const VkDeviceCreateInfo info{.sType = VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO,
                                 .pNext = &features,
                                 .queueCreateInfoCount = queue_infos,

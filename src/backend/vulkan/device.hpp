@@ -51,6 +51,9 @@ class Device {
   bool software() const { return report_.software; }
   const VkPhysicalDeviceLimits& limits() const { return limits_; }
   uint32_t subgroup_size() const { return subgroup_size_; }
+  // True if the features were there to be enabled: FP16 matrices 16x16 by 16x8 with FP32 sums in subgroups of 32. Whether the
+  // driver lays them out as the shaders need it is another question (kernels.hpp).
+  bool has_matrices() const { return has_matrices_; }
   // Of one allocation and one buffer.
   uint64_t max_allocation_bytes() const { return max_allocation_bytes_; }
   uint64_t total_bytes() const { return report_.memory_bytes; }
@@ -96,6 +99,7 @@ class Device {
   uint64_t max_allocation_bytes_ = 0;
   uint64_t import_alignment_ = 0;     // 0: host memory cannot be imported
   bool has_memory_budget_ = false;
+  bool has_matrices_ = false;
   uint32_t local_heap_ = 0;
   uint64_t allocated_bytes_ = 0;      // of the local heap
   QueuePlace compute_, copy_;

@@ -41,6 +41,9 @@ Status Loader::load_instance(VkInstance instance, Functions& functions) const {
   if (functions.name == nullptr) return missing(#name);
   SLUICE_VULKAN_INSTANCE(SLUICE_VULKAN_LOAD)
 #undef SLUICE_VULKAN_LOAD
+#define SLUICE_VULKAN_LOAD(name) functions.name = reinterpret_cast<PFN_##name>(get_(instance, #name));
+  SLUICE_VULKAN_OPTIONAL_INSTANCE(SLUICE_VULKAN_LOAD)
+#undef SLUICE_VULKAN_LOAD
   return {};
 }
 

@@ -69,8 +69,9 @@
   X(vkCreateComputePipelines)     \
   X(vkDestroyPipeline)
 
-// Of extensions that a device may lack: null then.
+// Of extensions that a device may lack: null then. The second list is asked of the instance.
 #define SLUICE_VULKAN_OPTIONAL(X) X(vkGetMemoryHostPointerPropertiesEXT)
+#define SLUICE_VULKAN_OPTIONAL_INSTANCE(X) X(vkGetPhysicalDeviceCooperativeMatrixPropertiesNV)
 
 namespace sluice::backend::vulkan {
 
@@ -80,6 +81,7 @@ struct Functions {
   SLUICE_VULKAN_INSTANCE(SLUICE_VULKAN_MEMBER)
   SLUICE_VULKAN_DEVICE(SLUICE_VULKAN_MEMBER)
   SLUICE_VULKAN_OPTIONAL(SLUICE_VULKAN_MEMBER)
+  SLUICE_VULKAN_OPTIONAL_INSTANCE(SLUICE_VULKAN_MEMBER)
 #undef SLUICE_VULKAN_MEMBER
 };
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "backend/vulkan/matrix_check.hpp"
 #include "backend/vulkan/vulkan_error.hpp"
 #include "base/check.hpp"
 #include "base/units.hpp"
@@ -21,8 +22,14 @@ constexpr uint32_t kAttention[] = {
 constexpr uint32_t kAttentionMerge[] = {
 #include "shaders/attention_merge.inc"
 };
+constexpr uint32_t kHalveX[] = {
+#include "shaders/halve_x.inc"
+};
 constexpr uint32_t kHeadNormRope[] = {
 #include "shaders/head_norm_rope.inc"
+};
+constexpr uint32_t kMatmulInt4Matrix[] = {
+#include "shaders/matmul_int4_matrix.inc"
 };
 constexpr uint32_t kMatvecF16[] = {
 #include "shaders/matvec_f16.inc"
@@ -32,6 +39,9 @@ constexpr uint32_t kMatvecF32[] = {
 };
 constexpr uint32_t kMatvecInt4[] = {
 #include "shaders/matvec_int4.inc"
+};
+constexpr uint32_t kMatvecInt4Matrix[] = {
+#include "shaders/matvec_int4_matrix.inc"
 };
 constexpr uint32_t kMatvecInt8[] = {
 #include "shaders/matvec_int8.inc"
@@ -54,10 +64,13 @@ std::span<const uint32_t> Kernels::words_of(Shader shader) {
   switch (shader) {
     case Shader::attention: return kAttention;
     case Shader::attention_merge: return kAttentionMerge;
+    case Shader::halve_x: return kHalveX;
     case Shader::head_norm_rope: return kHeadNormRope;
+    case Shader::matmul_int4_matrix: return kMatmulInt4Matrix;
     case Shader::matvec_f16: return kMatvecF16;
     case Shader::matvec_f32: return kMatvecF32;
     case Shader::matvec_int4: return kMatvecInt4;
+    case Shader::matvec_int4_matrix: return kMatvecInt4Matrix;
     case Shader::matvec_int8: return kMatvecInt8;
     case Shader::rms_norm: return kRmsNorm;
     case Shader::select_rows: return kSelectRows;
@@ -67,7 +80,11 @@ std::span<const uint32_t> Kernels::words_of(Shader shader) {
   return {};
 }
 
-Result<std::unique_ptr<Kernels>> Kernels::create(Device& device) {
+bool Kernels::needs_matrices(Shader shader) {
+  return shader == Shader::halve_x || shader == Shader::matmul_int4_matrix || shader == Shader::matvec_int4_matrix;
+}
+
+Result<std::unique_ptr<Kernels>> Kernels::create(Device& device, Queue& queue) {
   std::unique_ptr<Kernels> self(new Kernels(device));
   const VkPushConstantRange range{.stageFlags = VK_SHADER_STAGE_COMPUTE_BIT, .offset = 0, .size = kArgumentBytes};
   const VkPipelineLayoutCreateInfo layout{.sType = VK_STRUCTURE_TYPE_PIPELINE_LAYOUT_CREATE_INFO,
@@ -75,6 +92,7 @@ Result<std::unique_ptr<Kernels>> Kernels::create(Device& device) {
                                           .pPushConstantRanges = &range};
   VkResult code = device.vk.vkCreatePipelineLayout(device.handle(), &layout, nullptr, &self->layout_);
   for (size_t i = 0; i < self->modules_.size() && code == VK_SUCCESS; ++i) {
+    if (needs_matrices(static_cast<Shader>(i)) && !device.has_matrices()) continue;
     const std::span<const uint32_t> words = words_of(static_cast<Shader>(i));
     const VkShaderModuleCreateInfo module{.sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO,
                                           .codeSize = words.size_bytes(),
@@ -82,13 +100,19 @@ Result<std::unique_ptr<Kernels>> Kernels::create(Device& device) {
     code = device.vk.vkCreateShaderModule(device.handle(), &module, nullptr, &self->modules_[i]);
   }
   if (code != VK_SUCCESS) return fail(error_of(code, fmt::format("{}: loading shaders", device.name())));
+  if (device.has_matrices()) {
+    SLUICE_TRY_ASSIGN(agree, matrix_variant_agrees(device, queue, *self));
+    self->uses_matrices_ = agree;
+  }
   return self;
 }
 
 Kernels::~Kernels() {
   const Functions& vk = device_.vk;
   for (const auto& [key, pipeline] : pipelines_) vk.vkDestroyPipeline(device_.handle(), pipeline, nullptr);
-  for (const VkShaderModule module : modules_) vk.vkDestroyShaderModule(device_.handle(), module, nullptr);
+  for (const VkShaderModule module : modules_) {
+    if (module != VK_NULL_HANDLE) vk.vkDestroyShaderModule(device_.handle(), module, nullptr);
+  }
   if (layout_ != VK_NULL_HANDLE) vk.vkDestroyPipelineLayout(device_.handle(), layout_, nullptr);
 }
 
@@ -136,19 +160,39 @@ VkResult Kernels::dispatch(VkCommandBuffer commands, Shader shader, const Consta
 VkResult Kernels::matvec(VkCommandBuffer commands, WeightFormat format, Offsets offsets, const shaders::MatvecArguments& args) {
   // Slices of K that a workgroup adds up. By the shape of W alone: the order of additions must not depend on the rows.
   const uint32_t threads = args.columns >= 2048 ? 256 : 128;
+  if (format == WeightFormat::int4) return int4(commands, offsets, args, threads);
   uint32_t rows = 1;
-  while (rows < std::min(args.rows, 8u)) rows *= 2;
+  while (rows < std::min(args.rows, kSplitRows)) rows *= 2;
   const Grid grid{.x = blocks(args.outputs, 16), .y = blocks(args.rows, rows)};
-  const uint32_t span = args.group_columns == 32 ? 32 : 64;
   switch (format) {
-    case WeightFormat::int4:
-      return dispatch(commands, Shader::matvec_int4, {threads, rows, static_cast<uint32_t>(offsets), span}, args, grid);
     case WeightFormat::int8: return dispatch(commands, Shader::matvec_int8, {threads, rows}, args, grid);
     case WeightFormat::f16: return dispatch(commands, Shader::matvec_f16, {threads, rows, 0}, args, grid);
     case WeightFormat::bf16: return dispatch(commands, Shader::matvec_f16, {threads, rows, 1}, args, grid);
     case WeightFormat::f32: return dispatch(commands, Shader::matvec_f32, {threads, rows}, args, grid);
+    case WeightFormat::int4: break;
   }
   return VK_ERROR_UNKNOWN;
+}
+
+VkResult Kernels::int4(VkCommandBuffer commands, Offsets offsets, const shaders::MatvecArguments& args, uint32_t threads) {
+  const uint32_t span = args.group_columns == 32 ? 32 : 64, kind = static_cast<uint32_t>(offsets);
+  if (!uses_matrices_ || args.x_half == 0) {
+    uint32_t rows = 1;
+    while (rows < std::min(args.rows, kSplitRows)) rows *= 2;
+    return dispatch(commands, Shader::matvec_int4, {threads, rows, kind, span}, args,
+                    {.x = blocks(args.outputs, 16), .y = blocks(args.rows, rows)});
+  }
+  if (args.rows <= kSplitRows) {
+    return dispatch(commands, Shader::matvec_int4_matrix, {threads, 0, kind, span}, args, {.x = blocks(args.outputs, 16)});
+  }
+  constexpr uint32_t kThreads = 128, kOutputs = kThreads / 32 * 32;
+  const uint32_t row_tiles = args.rows <= 16 ? 2 : args.rows <= 32 ? 4 : 8;
+  return dispatch(commands, Shader::matmul_int4_matrix, {kThreads, row_tiles, kind, span}, args,
+                  {.x = blocks(args.outputs, kOutputs), .y = blocks(args.rows, 8 * row_tiles)});
+}
+
+VkResult Kernels::halve_x(VkCommandBuffer commands, const shaders::HalveArguments& args, uint32_t rows) {
+  return dispatch(commands, Shader::halve_x, {}, args, {.x = blocks(args.blocks, 8), .y = rows});
 }
 
 VkResult Kernels::rms_norm(VkCommandBuffer commands, const shaders::RmsNormArguments& args, uint32_t rows) {

@@ -13,6 +13,7 @@
 #include <span>
 
 #include "backend/vulkan/device.hpp"
+#include "backend/vulkan/queue.hpp"
 #include "shaders/arguments.h"
 
 namespace sluice::backend::vulkan {
@@ -30,17 +31,24 @@ constexpr uint32_t x_place(uint32_t column) {
 inline constexpr uint32_t kMostHeadDim = 256;
 // Up to this many rows a row has the same bits whatever shares its pass.
 inline constexpr uint32_t kSplitRows = 8;
+// Bytes of the half form of X, and of its scales.
+constexpr uint64_t x_half_bytes(uint64_t rows, uint32_t columns) { return (rows + 7) / 8 * 8 * x_stride(columns) * 2; }
+constexpr uint64_t x_scale_bytes(uint64_t rows, uint32_t columns) { return (rows + 7) / 8 * 8 * x_stride(columns) / 64 * 4; }
 // Positions that one workgroup of attention takes in a step; chunks are multiples of it.
 inline constexpr uint32_t kAttentionStep = 128;
 
 class Kernels {
  public:
-  // `device` must outlive the object. Error: out_of_memory, device.
-  static Result<std::unique_ptr<Kernels>> create(Device& device);
+  // `device` and `queue` must outlive the object; the queue is used in this call only. Error: out_of_memory, device.
+  static Result<std::unique_ptr<Kernels>> create(Device& device, Queue& queue);
   ~Kernels();
   Kernels(const Kernels&) = delete;
   Kernels& operator=(const Kernels&) = delete;
 
+  // Whether INT4 products go by matrix instructions where they are given the half form of X.
+  bool uses_matrices() const { return uses_matrices_; }
+  void use_matrices(bool use) { uses_matrices_ = use; }   // for comparison
+  VkResult halve_x(VkCommandBuffer commands, const shaders::HalveArguments& args, uint32_t rows);
   VkResult matvec(VkCommandBuffer commands, WeightFormat format, Offsets offsets, const shaders::MatvecArguments& args);
   VkResult rms_norm(VkCommandBuffer commands, const shaders::RmsNormArguments& args, uint32_t rows);
   // head_dim: even, at most kMostHeadDim.
@@ -54,8 +62,8 @@ class Kernels {
 
  private:
   enum class Shader : uint8_t {
-    attention, attention_merge, head_norm_rope, matvec_f16, matvec_f32, matvec_int4, matvec_int8, rms_norm, select_rows,
-    swiglu, count
+    attention, attention_merge, halve_x, head_norm_rope, matmul_int4_matrix, matvec_f16, matvec_f32, matvec_int4,
+    matvec_int4_matrix, matvec_int8, rms_norm, select_rows, swiglu, count
   };
   static constexpr size_t kMostConstants = 4;
   using Constants = std::array<uint32_t, kMostConstants>;   // specialization constants 0, 1, ...
@@ -65,6 +73,8 @@ class Kernels {
 
   explicit Kernels(Device& device) : device_(device) {}
   static std::span<const uint32_t> words_of(Shader shader);
+  static bool needs_matrices(Shader shader);
+  VkResult int4(VkCommandBuffer commands, Offsets offsets, const shaders::MatvecArguments& args, uint32_t threads);
   VkResult pipeline(Shader shader, const Constants& constants, VkPipeline& out);
   VkResult dispatch(VkCommandBuffer commands, Shader shader, const Constants& constants, std::span<const std::byte> arguments,
                     const Grid& grid);
@@ -76,6 +86,7 @@ class Kernels {
   }
 
   Device& device_;
+  bool uses_matrices_ = false;
   VkPipelineLayout layout_ = VK_NULL_HANDLE;
   std::array<VkShaderModule, static_cast<size_t>(Shader::count)> modules_{};
   std::map<std::pair<Shader, Constants>, VkPipeline> pipelines_;

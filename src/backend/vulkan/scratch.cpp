@@ -37,6 +37,9 @@ ScratchLayout::ScratchLayout(const Shape& shape) {
   place(Slot::up, shape.ffn, rows * shape.ffn);
   place(Slot::logits, shape.vocab, uint64_t{shape.max_logit_rows} * shape.vocab);
   gate_x = reserve(rows * x_stride(shape.ffn) * sizeof(float));
+  const uint32_t widest = std::max({shape.hidden, q_width, shape.ffn});
+  x_half = reserve(x_half_bytes(rows, widest));
+  x_scale = reserve(x_scale_bytes(rows, widest));
   const uint64_t blocks = shape.sessions * ceil_div(shape.context, kKvBlockTokens);
   table = reserve((3 * rows + blocks) * sizeof(uint32_t));
   block_table = table + 3 * rows * sizeof(uint32_t);

@@ -36,18 +36,21 @@ Result<std::unique_ptr<VulkanBackend>> VulkanBackend::create(const DeviceChoice&
     self->overhead_bytes_ = opened.total_bytes() - std::min(opened.total_bytes(), opened.free_bytes());
     self->overhead_bytes_ = std::min(self->overhead_bytes_, 512 * kMiB) + kLaterGrowth;
   }
-  log_info(log, fmt::format("vulkan: {} ({}), {}, Vulkan {}, subgroups of {}, host memory {}", opened.name(),
-                            opened.report().kind, opened.report().driver, opened.report().version, opened.subgroup_size(),
-                            opened.imports_host_memory() ? "imported" : "copied through a buffer"));
+  log_info(log, fmt::format("vulkan: {} ({}), {}, Vulkan {}, {}", opened.name(), opened.report().kind, opened.report().driver,
+                            opened.report().version, opened.report().features));
+  if (opened.has_matrices() && !self->kernels_->uses_matrices()) {
+    log_warning(log, fmt::format("vulkan: the matrix instructions of {} lay numbers out in a way that is not known here; INT4 "
+                                 "products go without them, slower", opened.name()));
+  }
   return self;
 }
 
 Status VulkanBackend::create_queues() {
-  SLUICE_TRY_ASSIGN(kernels, Kernels::create(*device_));
   SLUICE_TRY_ASSIGN(compute, Queue::create(*device_, device_->compute_queue()));
+  compute_ = std::move(compute);
+  SLUICE_TRY_ASSIGN(kernels, Kernels::create(*device_, *compute_));
   SLUICE_TRY_ASSIGN(copies, CopyQueue::create(*device_));
   kernels_ = std::move(kernels);
-  compute_ = std::move(compute);
   copies_ = std::move(copies);
   commands_ = std::make_unique<PassCommands>(
       *compute_, [this](const Command& command, VkCommandBuffer commands) { return record(command, commands); },
@@ -58,7 +61,7 @@ Status VulkanBackend::create_queues() {
 
 // A lost device answers waits at once; destroying what it used is allowed.
 VulkanBackend::~VulkanBackend() {
-  if (compute_ != nullptr && copies_ != nullptr) device_->vk.vkDeviceWaitIdle(device_->handle());
+  if (compute_ != nullptr) device_->vk.vkDeviceWaitIdle(device_->handle());
   commands_.reset();
   copies_.reset();
   compute_.reset();

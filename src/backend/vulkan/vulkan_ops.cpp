@@ -2,6 +2,7 @@
 // The operations of a pass on a Vulkan device: which shader takes which memory. The arithmetic is in shaders/.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "backend/vulkan/vulkan_backend.hpp"
@@ -108,6 +109,16 @@ VkResult VulkanBackend::matmul(VkCommandBuffer commands, const Op& op, uint32_t 
   SLUICE_CHECK(op.weight_count >= 1 && op.weight_count <= kMaxWeights);
   SLUICE_CHECK(op.in == Slot::normed || op.in == Slot::attended || op.in == Slot::gate);
   const VkDeviceAddress x = op.in == Slot::gate ? scratch(scratch_.gate_x) : slot(op.in);
+  const bool any_int4 = std::any_of(op.weights, op.weights + op.weight_count,
+                                    [](const Weight& weight) { return weight.scheme == Scheme::int4; });
+  const bool halved = any_int4 && kernels_->uses_matrices();
+  if (halved) {
+    const VkResult code = kernels_->halve_x(commands, {.x = x, .x_half = scratch(scratch_.x_half),
+                                                       .x_scale = scratch(scratch_.x_scale),
+                                                       .blocks = x_stride(width(op.in)) / 64}, rows);
+    if (code != VK_SUCCESS) return code;
+    full_barrier(device_->vk, commands);
+  }
   for (int i = 0; i < op.weight_count; ++i) {
     const Weight& weight = op.weights[i];
     SLUICE_CHECK(weight.cols == width(op.in) && weight.rows == width(op.out[i]) && op.in != op.out[i]);
@@ -116,6 +127,8 @@ VkResult VulkanBackend::matmul(VkCommandBuffer commands, const Op& op, uint32_t 
                                   .x = x,
                                   .vector = vector(op, i, weight.rows),
                                   .out_rows = slot(op.out[i]),
+                                  .x_half = halved ? scratch(scratch_.x_half) : 0,
+                                  .x_scale = scratch(scratch_.x_scale),
                                   .outputs = weight.rows,
                                   .columns = weight.cols,
                                   .rows = rows,
