@@ -133,6 +133,13 @@ struct SelectRowsArguments {
   uint width;
 };
 
+// Reads `count` times 16 bytes.
+struct MemoryReadArguments {
+  SLUICE_ADDRESS(Words4) data;
+  SLUICE_ADDRESS(Words) never;        // written only if the sum of all were one certain number
+  uint count;
+};
+
 #undef SLUICE_ADDRESS
 #ifdef __cplusplus
 }  // namespace sluice::shaders

@@ -318,6 +318,10 @@ double measure_memory_copy() {
 double measure_memory_read(uint32_t threads) { return memory_read_rate(threads, kSampleBytes, kRounds); }
 
 Result<DeviceRates> measure_device(const std::string& backend) {
+  if (backend == "vulkan") {
+    SLUICE_TRY_ASSIGN(rates, backend::vulkan::measure_rates({}));
+    return DeviceRates{.device = rates.device, .read = rates.read, .bus = rates.bus};
+  }
   if (backend != "cpu") {
     Result<backend::cuda::Rates> rates = backend::cuda::measure_rates(0, backend::cuda::RateDetail::bandwidths);
     if (rates) return DeviceRates{.device = rates->device, .read = rates->read, .bus = rates->bus()};

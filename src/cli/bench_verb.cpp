@@ -119,7 +119,7 @@ Ceiling measure_ceiling(const Flags& flags, const ModelInfo& model, const Timing
     ceiling.bound = name;
   };
   const uint64_t streamed = model.host_weight_bytes + model.disk_weight_bytes;
-  if (model.backend == "cuda") {
+  if (model.backend != "cpu") {
     Result<DeviceRates> device = measure_device(model.backend);
     if (!device) note("warning: the GPU could not be measured: " + device.error().message);
     if (device) ceiling.memory_rate = device->read, ceiling.bus_rate = device->bus;

@@ -31,7 +31,7 @@ Bandwidths bandwidths_of(const Flags& flags, const std::string& backend) {
     if (disk) rates.disk = *disk;
     else note("warning: the disk could not be measured: " + disk.error().message);
   }
-  if (backend == "cuda" && (rates.bus <= 0 || rates.device_memory <= 0)) {
+  if (backend != "cpu" && (rates.bus <= 0 || rates.device_memory <= 0)) {
     Result<DeviceRates> device = measure_device(backend);
     if (!device) note("warning: the GPU could not be measured: " + device.error().message);
     if (device && rates.bus <= 0) rates.bus = device->bus;

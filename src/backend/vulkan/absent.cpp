@@ -20,4 +20,6 @@ Result<std::vector<vulkan::DeviceReport>> vulkan::list_devices(const DeviceChoic
   return fail(ErrorCode::not_found, kAbsent);
 }
 
+Result<vulkan::Rates> vulkan::measure_rates(const DeviceChoice&) { return fail(ErrorCode::not_found, kAbsent); }
+
 }  // namespace sluice::backend

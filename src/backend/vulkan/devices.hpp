@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which Vulkan devices this machine has. No Vulkan header is needed, and builds without the backend have it too.
+// Which Vulkan devices this machine has, and what they can do. No Vulkan header is needed, and builds without the backend have it too.
 #pragma once
 
 #include <cstdint>
@@ -29,5 +29,15 @@ struct DeviceReport {
 
 // Every device that the machine's drivers show. Error: not_found (a build without Vulkan, no loader, no driver).
 Result<std::vector<DeviceReport>> list_devices(const DeviceChoice& choice);
+
+struct Rates {
+  std::string device;
+  double read = 0;                    // its memory read by a kernel, bytes a second
+  double bus = 0;                     // host memory, imported where that is possible, copied into it, bytes a second
+};
+
+// Opens the device that `choice` comes to for a second or so; takes 1 GiB of its memory. Errors: those of
+// make_vulkan_backend.
+Result<Rates> measure_rates(const DeviceChoice& choice);
 
 }  // namespace sluice::backend::vulkan

@@ -46,6 +46,9 @@ constexpr uint32_t kMatvecInt4Matrix[] = {
 constexpr uint32_t kMatvecInt8[] = {
 #include "shaders/matvec_int8.inc"
 };
+constexpr uint32_t kMemoryRead[] = {
+#include "shaders/memory_read.inc"
+};
 constexpr uint32_t kRmsNorm[] = {
 #include "shaders/rms_norm.inc"
 };
@@ -72,6 +75,7 @@ std::span<const uint32_t> Kernels::words_of(Shader shader) {
     case Shader::matvec_int4: return kMatvecInt4;
     case Shader::matvec_int4_matrix: return kMatvecInt4Matrix;
     case Shader::matvec_int8: return kMatvecInt8;
+    case Shader::memory_read: return kMemoryRead;
     case Shader::rms_norm: return kRmsNorm;
     case Shader::select_rows: return kSelectRows;
     case Shader::swiglu: return kSwiglu;
@@ -222,6 +226,11 @@ VkResult Kernels::swiglu(VkCommandBuffer commands, const shaders::SwigluArgument
 
 VkResult Kernels::select_rows(VkCommandBuffer commands, const shaders::SelectRowsArguments& args) {
   return dispatch(commands, Shader::select_rows, {}, args, {.x = blocks(args.width, 256)});
+}
+
+// Enough workgroups for any GPU to be full.
+VkResult Kernels::memory_read(VkCommandBuffer commands, const shaders::MemoryReadArguments& args) {
+  return dispatch(commands, Shader::memory_read, {}, args, {.x = 4096});
 }
 
 }  // namespace sluice::backend::vulkan

@@ -304,7 +304,7 @@ SLUICE_API Result<std::string> analyze_trace(const std::string& path);
 SLUICE_API Result<double> measure_disk(const std::string& path, uint64_t bytes, Io io = Io::automatic);
 SLUICE_API double measure_memory_copy();
 SLUICE_API double measure_memory_read(uint32_t threads);
-// Bytes per second of the device that `backend` ("auto", "cuda", "cpu") computes on: its memory read by a kernel, and
+// Bytes per second of the device that `backend` ("auto", "cuda", "vulkan", "cpu") computes on: its memory read by a kernel, and
 // pinned host memory copied into it in chunks of 16 MiB. The CPU's are those of its memory. Takes up to 1.3 GiB of device
 // memory for a second. Errors: not_found, out_of_memory, device.
 struct DeviceRates {
