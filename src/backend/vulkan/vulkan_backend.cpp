@@ -54,7 +54,7 @@ Status VulkanBackend::create_queues() {
   copies_ = std::move(copies);
   commands_ = std::make_unique<PassCommands>(
       *compute_, [this](const Command& command, VkCommandBuffer commands) { return record(command, commands); },
-      [this](VkCommandBuffer commands) { return submit(commands); },
+      [this](VkCommandBuffer commands) { return enqueue(commands); },
       [this](VkResult code, const char* what) { return check(code, what); });
   return check(compute_->allocate(utility_), "allocating a command buffer");
 }
@@ -280,7 +280,7 @@ bool VulkanBackend::flush() {
 }
 
 // A copy that the host has waited for is still waited for here: what makes its bytes visible to kernels is the semaphore.
-Status VulkanBackend::submit(VkCommandBuffer commands) {
+Status VulkanBackend::enqueue(VkCommandBuffer commands) {
   Queue::Wait wait{.timeline = copies_->queue().timeline(), .value = std::max(copies_to_see_, copies_done_.load())};
   if (wait.value <= copies_seen_) wait = {};
   SLUICE_TRY(check(compute_->submit(commands, wait), "submitting a pass"));
@@ -341,6 +341,11 @@ Status VulkanBackend::run(const Op& op) {
   if (op.kind == OpKind::select_rows) active_rows_ = commands_->kind().wanted_rows;
   if (active_rows_ == 0) return {};
   return commands_->add({.kind = CommandKind::operation, .rows = active_rows_, .op = op});
+}
+
+Status VulkanBackend::submit() {
+  SLUICE_TRY(alive());
+  return commands_->flush();
 }
 
 Status VulkanBackend::finish_pass(std::span<float> logits) {

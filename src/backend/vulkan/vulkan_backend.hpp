@@ -57,6 +57,7 @@ class VulkanBackend final : public Backend {
 
   Status begin_pass(std::span<const Row> rows, std::span<const float> embeddings) override;
   Status run(const Op& op) override;
+  Status submit() override;
   Status finish_pass(std::span<float> logits) override;
 
   uint64_t kv_bytes(uint32_t tokens) const override;
@@ -99,7 +100,7 @@ class VulkanBackend final : public Backend {
   Status run_now(const char* what, const Body& body);
   uint64_t kv_block_bytes() const;
   uint64_t kv_offset(uint32_t session) const;
-  Status submit(VkCommandBuffer commands);
+  Status enqueue(VkCommandBuffer commands);
   bool flush();                         // what was added to the pass; false: it failed, and the backend is dead
 
   // vulkan_ops.cpp: what a command records.
