@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Series of latencies with and without a train of spikes, from the noise of real runs.
 //
-// tests/golden/trace/itl-noise.txt: a recorded run a line, microseconds per token (SmolLM2-135M, resident and a part streamed,
-// two cores shared with other work). A series takes the level of a stretch of a recording as it was, trend, steps and all,
-// and draws the noise around it from the same recording in blocks of 16 tokens, so that whatever periods it had are gone.
+// tests/golden/trace/itl-noise.txt: a recorded run a line, microseconds per token (SmolLM2-135M, resident and a part
+// streamed, two cores shared with other work). A series takes the level of a stretch of a recording as it was, trend,
+// steps and all, and draws the noise around it from the same recording in blocks of 16 tokens, so that whatever periods
+// it had are gone.
 #pragma once
 
 #include <algorithm>
@@ -53,8 +54,9 @@ class SeriesMaker {
  public:
   SeriesMaker(const std::vector<Recording>& recordings, uint64_t seed) : recordings_(recordings), random_(seed) {}
 
-  // `sigmas`: height of the lowest spike in standard deviations of the series' noise (others up to twice that, one series
-  // alike within 10%); 0: none. At least 10 places, each missing in one of 10 cases, jitter up to 3% of the period.
+  // `sigmas`: height of the lowest spike in standard deviations of the series' noise (others up to twice that, one
+  // series alike within 10%); 0: none. At least 10 places, each missing in one of 10 cases, jitter up to 3% of the
+  // period.
   Series make(trace::Clock clock, double sigmas) {
     for (;;) {
       Series series = attempt(clock, sigmas);
@@ -113,7 +115,8 @@ class SeriesMaker {
     const double tokens = std::exp(uniform(std::log(4.0), std::log(static_cast<double>(n) / 11)));
     series.period = tokens * whole / static_cast<double>(n);
     if (series.clock == trace::Clock::token) series.period = std::round(series.period);
-    if (series.clock == trace::Clock::time) series.period += 1.05 * height;   // so many tokens besides what a spike takes
+    if (series.clock == trace::Clock::time)
+      series.period += 1.05 * height;  // so many tokens besides what a spike takes
     const double jitter = uniform(0, 0.03) * series.period;
     double next = uniform(0, 1) * series.period, place = next, at = 0;
     for (size_t i = 0; i < n; ++i) {
@@ -153,7 +156,9 @@ struct Tally {
   uint64_t injected_spikes = 0, found_spikes = 0, members = 0, right_members = 0;
   uint64_t clean_series = 0, false_alarms = 0;
 
-  static double share(uint64_t part, uint64_t whole) { return whole == 0 ? 0 : static_cast<double>(part) / static_cast<double>(whole); }
+  static double share(uint64_t part, uint64_t whole) {
+    return whole == 0 ? 0 : static_cast<double>(part) / static_cast<double>(whole);
+  }
   double recall() const { return share(found_series, injected_series); }
   double precision() const { return share(right_trains, trains); }
   double spike_recall() const { return share(found_spikes, injected_spikes); }
@@ -177,7 +182,8 @@ struct Tally {
     for (const trace::Train& train : found) {
       ++trains;
       size_t common = 0;
-      for (const size_t i : train.members) common += std::binary_search(series.injected.begin(), series.injected.end(), i) ? 1 : 0;
+      for (const size_t i : train.members)
+        common += std::binary_search(series.injected.begin(), series.injected.end(), i) ? 1 : 0;
       members += train.members.size();
       right_members += common;
       if (matched || 2 * common < series.injected.size() || 2 * common < train.members.size()) continue;
@@ -185,7 +191,8 @@ struct Tally {
       ++right_trains;
       ++found_series;
       right_clock += train.clock == series.clock ? 1 : 0;
-      clock_possible += train.clock == series.clock || std::count(train.also.begin(), train.also.end(), series.clock) > 0 ? 1 : 0;
+      clock_possible +=
+          train.clock == series.clock || std::count(train.also.begin(), train.also.end(), series.clock) > 0 ? 1 : 0;
       // On a wrong clock the period is compared by the mean rate of the two.
       const auto span = [&](trace::Clock c) { return series.clocks[c].back() - series.clocks[c].front(); };
       const double period = train.period * span(series.clock) / span(train.clock);

@@ -10,6 +10,7 @@
 
 #include "api/state.hpp"
 #include "base/memory_rate.hpp"
+#include "trace/injection.hpp"
 
 namespace sluice {
 namespace {
@@ -107,6 +108,11 @@ namespace api {
 
 Result<Model> Access::open(const std::string& path, ModelOptions options, const storage::FaultPlan* faults) {
   const auto start = std::chrono::steady_clock::now();
+  std::vector<trace::Injection> injections;
+  for (const std::string& text : options.inject) {
+    SLUICE_TRY_ASSIGN(injection, trace::parse_injection(text));
+    injections.push_back(injection);
+  }
   SLUICE_TRY_ASSIGN(opening, open_and_plan(path, options, options.bandwidths));
   const std::string backend_name = opening.backend->name();
   const std::string device_name = opening.backend->device_name();
@@ -133,6 +139,11 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
                                                 .faults = faults,
                                                 .log = options.log,
                                                 .progress = options.load_progress}));
+  if (!injections.empty()) {
+    trace::Recorder& recorder = engine->recorder();
+    recorder.set_injector(std::make_unique<trace::Injector>(std::move(injections), path, recorder.add_track("injected", 1u << 10)));
+    log_warning(options.log, "faults are being injected: times of this run say nothing about the machine");
+  }
   state->info = info_of(*engine, opening.context);
   state->info.backend = backend_name;
   state->info.device = device_name;

@@ -10,6 +10,7 @@
 #include "base/check.hpp"
 #include "model/sampler.hpp"
 #include "model/text_stream.hpp"
+#include "trace/injection.hpp"
 
 namespace sluice {
 namespace {
@@ -197,6 +198,7 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
 
   std::optional<StopReason> reason;
   trace::Chain parts(state.track);
+  trace::Injector* const injector = state.model.engine->recorder().injector();
   for (uint32_t generated = 0; !reason;) {
     if (generated >= options.max_tokens) reason = StopReason::max_tokens;
     else if (state.tokens.size() >= state.model.info.context) reason = StopReason::context_full;
@@ -218,6 +220,7 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
     int32_t id = 0;
     {
       const Span sampling(times.sampling);
+      if (injector != nullptr) injector->take(trace::Fault::sampling);
       id = sampler.sample(state.logits, state.tokens);
     }
     parts.span(trace::Kind::sampling);
@@ -234,6 +237,10 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
     const bool last = generated == options.max_tokens || state.tokens.size() == state.model.info.context;
     if (text.push(id, last)) reason = StopReason::stop_text;
     parts.span(trace::Kind::detokenize);
+    if (injector != nullptr) {
+      injector->on_token(state.model.engine->weights().bytes_read());
+      injector->take(trace::Fault::callback);
+    }
     if (!on_token({.id = id, .text = text.ready()}) && !reason) reason = StopReason::cancelled;
     if (decoding && state.timings.token_latencies.size() < kMostLatencies) {
       state.timings.token_latencies.push_back(total.seconds());

@@ -11,6 +11,7 @@
 #include "api/state.hpp"
 #include "sluice/sluice.hpp"
 #include "storage/container.hpp"
+#include "trace/export.hpp"
 #include "trace/report.hpp"
 #include "trace/tokens.hpp"
 #include "trace/trace_file.hpp"
@@ -85,6 +86,21 @@ Result<std::string> analyze_trace(const std::string& path) {
   SLUICE_TRY_ASSIGN(trace, trace::read_trace(path));
   SLUICE_TRY_ASSIGN(tokens, trace::tokens_of(trace));
   return trace::report_of(trace, tokens).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+Status export_trace(const std::string& path, TraceFormat format, const std::string& output) {
+  SLUICE_TRY_ASSIGN(trace, trace::read_trace(path));
+  switch (format) {
+    case TraceFormat::perfetto:
+      return trace::write_to_file(output, [&](const trace::Sink& sink) { return trace::write_perfetto(trace, sink); });
+    case TraceFormat::chrome:
+      return trace::write_to_file(output,
+                                  [&](const trace::Sink& sink) { return trace::write_chrome_json(trace, sink); });
+    case TraceFormat::html: break;
+  }
+  SLUICE_TRY_ASSIGN(tokens, trace::tokens_of(trace));
+  const std::string page = trace::html_report(trace::report_of(trace, tokens), tokens);
+  return trace::write_to_file(output, [&](const trace::Sink& sink) { return sink(page); });
 }
 
 }  // namespace sluice

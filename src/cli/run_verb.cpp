@@ -151,6 +151,9 @@ void add_run(CLI::App& app, Chosen& chosen) {
   verb->add_flag("--json", flags->json, "Print ids, text and timings as JSON instead of streaming the text");
   verb->add_option("--trace", flags->trace, "Write where every token's time goes to FILE, for `sluice trace`")
       ->type_name("FILE");
+  verb->add_option("--inject", flags->options.inject,
+                   "A fault made on purpose, to see whether the trace shows it: read:period=16,ms=30; may be repeated")
+      ->type_name("KIND:...")->expected(1)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   add_sampling_flags(*verb, flags->generate.sampling);
   add_model_flags(*verb, flags->options);
   verb->footer("Example:\n  sluice run models/smollm2-135m.sluice --chat -p \"Why is the sky blue?\" -n 100 "

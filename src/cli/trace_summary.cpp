@@ -54,24 +54,63 @@ std::string parts_table(const json& report) {
   return text;
 }
 
+// "every 16.0 tokens", "every 250 ms", "every 64.0 MiB".
+std::string period_text(const json& train) {
+  const std::string clock = train["clock"];
+  const auto period = train["period"].get<double>();
+  if (clock == "token") return fmt::format("every {:.1f} tokens", period);
+  if (clock == "time") return "every " + seconds_text(period);
+  return "every " + bytes_text(static_cast<uint64_t>(period)) + " read";
+}
+
+std::string spikes_text(const json& report) {
+  std::string text;
+  for (const json& train : report["trains"]) {
+    text += fmt::format("\nspikes {}: {} of {:.0f} places, {} each, {:.1f}% of the time", period_text(train),
+                        train["tokens"].size(), train["places"].get<double>(), seconds_of(train["excess_each"]),
+                        100 * train["share_of_time"].get<double>());
+    text += fmt::format("\n  {} ({}): {}", train["cause"].get<std::string>(), train["grade"].get<std::string>(),
+                        train["cause_text"].get<std::string>());
+    if (!train["evidence"].get<std::string>().empty()) text += "; " + train["evidence"].get<std::string>();
+    for (const json& clock : train["also"])
+      text += fmt::format("\n  the {} clock fits as well", clock.get<std::string>());
+  }
+  const json& loose = report["loose_spikes"];
+  if (loose["count"].get<uint64_t>() > 0) {
+    std::string causes;
+    for (const auto& [cause, count] : loose["causes"].items())
+      causes += fmt::format("{}{} {}", causes.empty() ? "" : ", ", count.get<uint64_t>(), cause);
+    text += fmt::format("\n{} spikes without a period, {:.1f}% of the time: {}", loose["count"].get<uint64_t>(),
+                        100 * loose["share_of_time"].get<double>(), causes);
+  }
+  for (const json& step : report["steps"]) {
+    text += fmt::format("\nstep at token {}: {} before, {} after", step["token"].get<uint64_t>(),
+                        seconds_of(step["before"]), seconds_of(step["after"]));
+  }
+  if (!report["injected"].empty()) text += "\nfaults were injected: " + report["injected"].dump();
+  return text;
+}
+
 }  // namespace
 
 std::string trace_summary(const json& report) {
   const auto decoded = report["decoded_tokens"].get<uint64_t>();
-  std::string text = fmt::format("trace: {} tokens, {} of them decoded, {} records", report["tokens"].get<uint64_t>(), decoded,
-                                 report["records"].get<uint64_t>());
+  std::string text = fmt::format("trace: {} tokens, {} of them decoded, {} records", report["tokens"].get<uint64_t>(),
+                                 decoded, report["records"].get<uint64_t>());
   const auto dropped = report["dropped"].get<uint64_t>();
   if (dropped > 0) text += fmt::format(", {} dropped: the disk takes the trace too slowly", dropped);
   if (!report["complete"].get<bool>()) text += "; the run ended before its trace was finished";
   if (decoded == 0) return text;
   const json& itl = report["itl"];
-  text += fmt::format("\nITL: p50 {}, p90 {}, p99 {}, p99.9 {}, max {}\n", seconds_of(itl["p50"]), seconds_of(itl["p90"]),
-                      seconds_of(itl["p99"]), seconds_of(itl["p99.9"]), seconds_of(itl["max"]));
+  text += fmt::format("\nITL: p50 {}, p90 {}, p99 {}, p99.9 {}, max {}\n", seconds_of(itl["p50"]),
+                      seconds_of(itl["p90"]), seconds_of(itl["p99"]), seconds_of(itl["p99.9"]), seconds_of(itl["max"]));
   text += fmt::format("  {}\n", sparkline(report["itl_series"], itl["p50"].get<double>()));
   text += "time of a token:\n" + parts_table(report);
   const json& accounting = report["accounting"];
   text += fmt::format("accounted for to 99%: {:.2f}% of the tokens (the worst one: {:.1f}% of its time)",
-                      100 * accounting["tokens_at_99_percent"].get<double>(), 100 * accounting["worst_token"].get<double>());
+                      100 * accounting["tokens_at_99_percent"].get<double>(),
+                      100 * accounting["worst_token"].get<double>());
+  text += spikes_text(report);
   return text;
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Time stamps for the recorder: the processor's time-stamp counter where it is invariant, else the steady clock.
 //
-// rdtsc takes 10 ns where clock_gettime through the vDSO takes 23 ns (a virtual machine on Zen 4), and a span has two of
-// them. Ticks become nanoseconds only when a trace is written or read, from pairs of both clocks taken far apart.
+// rdtsc takes 10 ns where clock_gettime through the vDSO takes 23 ns (a virtual machine on Zen 4), and a span has two
+// of them. Ticks become nanoseconds only when a trace is written or read, from pairs of both clocks taken far apart.
 #pragma once
 
 #include <chrono>
@@ -43,8 +43,8 @@ inline uint64_t ticks() {
   return steady_ns();
 }
 
-// The same moment on both clocks. Their readings lie between the two of the pair that was closest of eight, so the error
-// is below `error_ns`.
+// The same moment on both clocks. Their readings lie between the two of the pair that was closest of eight, so the
+// error is below `error_ns`.
 struct ClockPair {
   uint64_t ticks = 0;
   uint64_t steady_ns = 0;
@@ -70,5 +70,13 @@ class TickScale {
   double base_ns_ = 0;
   double ns_per_tick_ = 1;
 };
+
+// Ticks at a moment of the steady clock a short while ago: what a kernel or a queue stamped.
+inline uint64_t ticks_at(uint64_t at_steady_ns, double ns_per_tick) {
+  if (!kTicksAreTsc) return at_steady_ns;
+  const uint64_t now = ticks();
+  const auto ago_ns = static_cast<double>(static_cast<int64_t>(steady_ns() - at_steady_ns));
+  return now - static_cast<uint64_t>(static_cast<int64_t>(ago_ns / ns_per_tick));
+}
 
 }  // namespace sluice::trace

@@ -17,7 +17,8 @@ constexpr int kIntervalsPerReading = 5;   // of the machine: 10 a second
 
 }  // namespace
 
-Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const std::string& path, const std::string& note_json) {
+Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const std::string& path,
+                                                    const std::string& note_json) {
   SLUICE_TRY_ASSIGN(file, TraceFileWriter::create(path, read_clocks(), note_json));
   std::unique_ptr<Collector> self(new Collector(recorder, std::move(file)));
   for (Track* track : recorder.tracks()) {

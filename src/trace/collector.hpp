@@ -27,7 +27,8 @@ class Collector {
  public:
   // Creates `path` and starts collecting what is recorded from now on. `note_json`: what is run, on what. The recorder
   // must outlive the object. Errors: not_found, io.
-  static Result<std::unique_ptr<Collector>> start(Recorder& recorder, const std::string& path, const std::string& note_json);
+  static Result<std::unique_ptr<Collector>> start(Recorder& recorder, const std::string& path,
+                                                  const std::string& note_json);
   // Stops and leaves the file unfinished if stop() was not called.
   ~Collector();
 

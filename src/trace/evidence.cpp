@@ -114,7 +114,8 @@ void TokenEvidence::read_pressure(uint64_t at, StatFile& file, Counter counter) 
   if (number_after(file.read(), "total=", value)) track_.count(counter, at, value);
 }
 
-// ---------------------------------------------------------------------------------------------------------- the machine
+// ---------------------------------------------------------------------------------------------------------- the
+// machine
 
 MachineEvidence::MachineEvidence(Track& track)
     : track_(track), vmstat_("/proc/vmstat"), stat_("/proc/stat"), ticks_per_second_(::sysconf(_SC_CLK_TCK)) {}

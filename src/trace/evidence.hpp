@@ -2,8 +2,8 @@
 // Counters of the operating system, read beside the spans: why a wait was long.
 //
 // Sources that take about a microsecond are read once a token, by the thread that decodes; those that take more, ten
-// times a second by the collector. Files of /proc and /sys are opened once. One that is missing (a kernel without PSI, a
-// container that hides it) leaves its counter out.
+// times a second by the collector. Files of /proc and /sys are opened once. One that is missing (a kernel without PSI,
+// a container that hides it) leaves its counter out.
 #pragma once
 
 #include <sys/types.h>

@@ -12,35 +12,35 @@ namespace sluice::trace {
 enum class Kind : uint16_t {
   none = 0,
   // Session track. A token's parts follow each other without a gap.
-  token = 1,          // from the end of the token before to the end of this one; bytes: prompt tokens that it began with
-  run_model = 2,      // passes of one token: until its logits are there
+  token = 1,      // from the end of the token before to the end of this one; bytes: prompt tokens that it began with
+  run_model = 2,  // passes of one token: until its logits are there
   sampling = 3,
-  detokenize = 4,     // stop conditions and text
-  callback = 5,       // the caller's own code
-  evidence = 6,       // reading the counters below: the trace's own cost
+  detokenize = 4,  // stop conditions and text
+  callback = 5,    // the caller's own code
+  evidence = 6,    // reading the counters below: the trace's own cost
   // Engine track. A pass's parts follow each other without a gap.
-  pass = 7,           // bytes: rows
+  pass = 7,  // bytes: rows
   embed = 8,
   norm = 9,
-  matmul = 10,        // bytes: weights that were read, if they are known
+  matmul = 10,
   rope = 11,
   attention = 12,
   activation = 13,
   lm_head = 14,
-  disk_wait = 15,     // the pass waited for bytes of the drive; value: stream item
-  copy_wait = 16,     // ... for the copy out of host memory
+  disk_wait = 15,  // the pass waited for bytes of the drive; value: stream item
+  copy_wait = 16,  // ... for the copy out of host memory
   layer = 17,
-  finish = 18,        // the device's last work and the logits' way to the host
+  finish = 18,  // the device's last work and the logits' way to the host
   // Prefetcher track.
-  disk_read = 19,     // submission to completion; value: offset in the file, bytes: length
-  bus_copy = 20,      // into the stream ring; bytes: length
-  check = 21,         // a block's checksum
-  stage_wait = 22,    // nothing to do until a read completes
-  ring_wait = 23,     // nothing to do until the pass releases a place
+  disk_read = 19,   // submission to completion; value: offset in the file, bytes: length
+  bus_copy = 20,    // into the stream ring; bytes: length
+  check = 21,       // a block's checksum
+  stage_wait = 22,  // nothing to do until a read completes
+  ring_wait = 23,   // nothing to do until the pass releases a place
   // Anywhere.
-  counter = 24,       // layer: which (Counter); value: its reading
-  injected = 25,      // a fault made on purpose, for the report to show; the analysis never reads it
-  turn_wait = 26,     // before a pass: another session's ran
+  counter = 24,    // layer: which (Counter); value: its reading
+  injected = 25,   // a fault made on purpose, for the report to show; the analysis never reads it
+  turn_wait = 26,  // before a pass: another session's ran
   count,
 };
 
@@ -59,29 +59,29 @@ static_assert(sizeof(Record) == 32);
 
 // Evidence: counters that only grow, unless said otherwise. Numbers are part of the file format.
 enum class Counter : uint16_t {
-  minor_faults = 0,        // of the process (getrusage)
+  minor_faults = 0,  // of the process (getrusage)
   major_faults = 1,
   voluntary_switches = 2,  // of the thread that decodes
   forced_switches = 3,
-  run_delay_ns = 4,        // of that thread: runnable, but not running (schedstat)
-  psi_cpu_us = 5,          // machine: some task waited for a core (PSI "some" total)
+  run_delay_ns = 4,  // of that thread: runnable, but not running (schedstat)
+  psi_cpu_us = 5,    // machine: some task waited for a core (PSI "some" total)
   psi_io_us = 6,
   psi_memory_us = 7,
-  disk_reads = 8,          // of the container's device (diskstats): requests,
-  disk_read_sectors = 9,   // 512 bytes each,
-  disk_read_ms = 10,       // summed over requests
+  disk_reads = 8,         // of the container's device (diskstats): requests,
+  disk_read_sectors = 9,  // 512 bytes each,
+  disk_read_ms = 10,      // summed over requests
   disk_writes = 11,
   disk_write_ms = 12,
-  stream_bytes = 13,       // read by this model for streaming
-  resident_bytes = 14,     // of the process; falls as well
-  reclaimed_pages = 15,    // machine (vmstat pgsteal), at most 10 times a second
-  swapped_pages = 16,      // machine (vmstat pswpin), at most 10 times a second
-  context = 17,            // tokens of the sequence; a reading
-  process_cpu_ns = 18,     // of all threads of the process
-  refaults = 19,           // machine (vmstat workingset_refault_file), at most 10 times a second
-  thread_cpu_ns = 20,      // of the thread that decodes
-  busy_ms = 21,            // machine: all cores together, this process's share included (stat), at most 10 times a second
-  steal_ms = 22,           // machine: the hypervisor ran somebody else, at most 10 times a second
+  stream_bytes = 13,     // read by this model for streaming
+  resident_bytes = 14,   // of the process; falls as well
+  reclaimed_pages = 15,  // machine (vmstat pgsteal), at most 10 times a second
+  swapped_pages = 16,    // machine (vmstat pswpin), at most 10 times a second
+  context = 17,          // tokens of the sequence; a reading
+  process_cpu_ns = 18,   // of all threads of the process
+  refaults = 19,         // machine (vmstat workingset_refault_file), at most 10 times a second
+  thread_cpu_ns = 20,    // of the thread that decodes
+  busy_ms = 21,          // machine: all cores together, this process's share included (stat), at most 10 times a second
+  steal_ms = 22,         // machine: the hypervisor ran somebody else, at most 10 times a second
   count,
 };
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/check.hpp"
+#include "trace/injection.hpp"
 
 namespace sluice::trace {
 
@@ -53,7 +54,8 @@ ClockPair read_clocks() {
 TickScale::TickScale(const ClockPair& first, const ClockPair& later)
     : base_ticks_(first.ticks), base_ns_(static_cast<double>(first.steady_ns)) {
   if (later.ticks > first.ticks && later.steady_ns > first.steady_ns) {
-    ns_per_tick_ = static_cast<double>(later.steady_ns - first.steady_ns) / static_cast<double>(later.ticks - first.ticks);
+    ns_per_tick_ =
+        static_cast<double>(later.steady_ns - first.steady_ns) / static_cast<double>(later.ticks - first.ticks);
   }
 }
 
@@ -82,8 +84,8 @@ uint64_t Track::read(uint64_t from, std::vector<Record>& out, uint64_t& dropped)
     out.push_back(record);
   }
   // If a load above saw a word of record n + capacity in the place of record n, then the writer had stored n + capacity
-  // to head before its fence, and the load of head behind this fence sees that or more. So everything that may have been
-  // overwritten is thrown away, the cell that the writer is in the middle of (number `now`) included.
+  // to head before its fence, and the load of head behind this fence sees that or more. So everything that may have
+  // been overwritten is thrown away, the cell that the writer is in the middle of (number `now`) included.
   std::atomic_thread_fence(std::memory_order_acquire);
   const uint64_t now = head_.load(std::memory_order_relaxed);
   const uint64_t valid_from = now + 1 > capacity ? now + 1 - capacity : 0;
@@ -97,6 +99,11 @@ uint64_t Track::read(uint64_t from, std::vector<Record>& out, uint64_t& dropped)
 }
 
 // ---------------------------------------------------------------------------------------------------------- recorder
+
+Recorder::Recorder() { machine_ = &add_track("machine", 1u << 10); }
+Recorder::~Recorder() = default;
+
+void Recorder::set_injector(std::unique_ptr<Injector> injector) { injector_ = std::move(injector); }
 
 Track& Recorder::add_track(std::string name, uint32_t capacity) {
   const std::lock_guard lock(mutex_);

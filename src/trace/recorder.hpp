@@ -63,10 +63,13 @@ class Track {
   alignas(64) std::atomic<uint64_t> head_{0};   // records written so far
 };
 
+class Injector;
+
 // The tracks of a model. They live as long as the recorder.
 class Recorder {
  public:
-  Recorder() { machine_ = &add_track("machine", 1u << 10); }
+  Recorder();
+  ~Recorder();
   Recorder(const Recorder&) = delete;
   Recorder& operator=(const Recorder&) = delete;
 
@@ -82,8 +85,12 @@ class Recorder {
   bool collected() const { return collected_.load(std::memory_order_relaxed); }
   void set_collected(bool on) { collected_.store(on, std::memory_order_relaxed); }
 
-  // Of this recorder's stamps, measured from its beginning until now: 1e-4 at worst in its first millisecond, then better.
+  // Of this recorder's stamps, measured from its beginning until now: 1e-4 at worst in its first millisecond, then
+  // better.
   double ns_per_tick() const { return TickScale(started_, read_clocks()).ns_per_tick(); }
+  // Null unless faults are made on purpose. Set before anything records.
+  Injector* injector() const { return injector_.get(); }
+  void set_injector(std::unique_ptr<Injector> injector);
   // For readings of the machine, by the collector.
   Track& machine_track() { return *machine_; }
 
@@ -93,10 +100,11 @@ class Recorder {
   mutable std::mutex mutex_;
   std::vector<std::unique_ptr<Track>> tracks_;   // under mutex_; the tracks themselves are not
   Track* machine_ = nullptr;
+  std::unique_ptr<Injector> injector_;           // last: its threads end before the tracks go
 };
 
-// Stamps that follow each other: each span begins where the one before ended, so that a whole is its parts and one stamp
-// a span is enough.
+// Stamps that follow each other: each span begins where the one before ended, so that a whole is its parts and one
+// stamp a span is enough.
 class Chain {
  public:
   explicit Chain(Track& track) : track_(track), last_(ticks()) {}

@@ -2,11 +2,16 @@
 #include "trace/report.hpp"
 
 #include <algorithm>
+#include <map>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
+#include "trace/causes.hpp"
+#include "trace/injection.hpp"
+#include "trace/spikes.hpp"
 #include "trace/statistics.hpp"
+#include "trace/trains.hpp"
 
 namespace sluice::trace {
 namespace {
@@ -16,58 +21,156 @@ using nlohmann::json;
 // A token counts as accounted for when named parts explain this share of it.
 constexpr double kAccounted = 0.99;
 
-json itl_of(std::span<const double> itl) {
-  return {{"p50", percentile(itl, 0.5)}, {"p90", percentile(itl, 0.9)}, {"p99", percentile(itl, 0.99)},
-          {"p99.9", percentile(itl, 0.999)}, {"max", percentile(itl, 1.0)}};
-}
-
-// Seconds of each part, summed over the decoded tokens.
-json parts_of(const std::vector<const Token*>& decoded) {
-  json parts = json::object();
-  for (size_t part = 0; part < kParts; ++part) {
-    double sum = 0;
-    for (const Token* token : decoded) sum += token->seconds[part];
-    parts[name_of(static_cast<Part>(part))] = sum;
+class Reporter {
+ public:
+  Reporter(const Trace& trace, const Tokens& tokens) : trace_(trace), tokens_(tokens) {
+    double read = 0;
+    for (const Token& token : tokens.all) {
+      if (token.decoded) {
+        clocks_.at[0].push_back(static_cast<double>(decoded_.size()));
+        clocks_.at[1].push_back(token.begin);
+        clocks_.at[2].push_back(read);
+        decoded_.push_back(&token);
+        itl_.push_back(token.total());
+        seconds_ += token.total();
+      }
+      read += token[Counter::stream_bytes];
+    }
+    if (read == 0) clocks_.at[2].clear();
+    baseline_ = baseline_of(itl_);
+    spikes_ = spikes_of(baseline_);
   }
-  return parts;
-}
 
-json accounting_of(const std::vector<const Token*>& decoded) {
-  size_t good = 0;
-  double worst = 1;
-  for (const Token* token : decoded) {
-    const double share = token->accounted();
-    if (share >= kAccounted) ++good;
-    worst = std::min(worst, share);
+  json report() const {
+    json report = {{"file", trace_.path},
+                   {"run", json::parse(trace_.note, nullptr, false)},
+                   {"complete", trace_.complete},
+                   {"records", trace_.records},
+                   {"dropped", trace_.dropped},
+                   {"tokens", tokens_.all.size()},
+                   {"decoded_tokens", decoded_.size()},
+                   {"decode_seconds", seconds_},
+                   {"itl", itl()},
+                   {"parts", parts()},
+                   {"accounting", accounting()},
+                   {"trend", trend()},
+                   {"steps", steps()},
+                   {"injected", injected()},
+                   {"itl_series", itl_}};
+    add_spikes(report);
+    return report;
   }
-  const double share = decoded.empty() ? 1 : static_cast<double>(good) / static_cast<double>(decoded.size());
-  return {{"tokens_at_99_percent", share}, {"worst_token", worst}};
-}
+
+ private:
+  json itl() const {
+    return {{"p50", percentile(itl_, 0.5)}, {"p90", percentile(itl_, 0.9)}, {"p99", percentile(itl_, 0.99)},
+            {"p99.9", percentile(itl_, 0.999)}, {"max", percentile(itl_, 1.0)}};
+  }
+
+  // Seconds of each part, summed over the decoded tokens.
+  json parts() const {
+    json parts = json::object();
+    for (size_t part = 0; part < kParts; ++part) {
+      double sum = 0;
+      for (const Token* token : decoded_) sum += token->seconds[part];
+      parts[name_of(static_cast<Part>(part))] = sum;
+    }
+    return parts;
+  }
+
+  json accounting() const {
+    size_t good = 0;
+    double worst = 1;
+    for (const Token* token : decoded_) {
+      const double share = token->accounted();
+      if (share >= kAccounted) ++good;
+      worst = std::min(worst, share);
+    }
+    const double share = decoded_.empty() ? 1 : static_cast<double>(good) / static_cast<double>(decoded_.size());
+    return {{"tokens_at_99_percent", share}, {"worst_token", worst}};
+  }
+
+  // The level at the beginning and at the end: what a growing context costs is a trend, not a spike.
+  json trend() const {
+    const size_t tenth = itl_.size() / 10;
+    if (tenth < 20) return nullptr;
+    const std::span<const double> itl(itl_);
+    return {{"first", median(itl.first(tenth))}, {"last", median(itl.last(tenth))},
+            {"context_first", decoded_.front()->context}, {"context_last", decoded_.back()->context}};
+  }
+
+  json steps() const {
+    json steps = json::array();
+    for (const Step& step : steps_of(itl_))
+      steps.push_back({{"token", step.index}, {"before", step.before}, {"after", step.after}});
+    return steps;
+  }
+
+  json injected() const {
+    std::map<std::string, uint64_t> counts;
+    for (const TraceTrack& track : trace_.tracks) {
+      for (const Record& record : track.records) {
+        if (record.kind != Kind::injected || record.layer >= static_cast<uint16_t>(Fault::count)) continue;
+        ++counts[name_of(static_cast<Fault>(record.layer))];
+      }
+    }
+    return counts;
+  }
+
+  double share(double seconds) const { return seconds_ > 0 ? seconds / seconds_ : 0; }
+
+  void add_spikes(json& report) const {
+    const Attribution attribution(decoded_);
+    const std::vector<Train> trains = trains_of(baseline_.score, spikes_, clocks_);
+    report["trains"] = json::array();
+    std::vector<size_t> loose = spikes_;
+    for (const Train& train : trains) {
+      report["trains"].push_back(train_json(train, attribution.explain(train.members)));
+      std::erase_if(loose, [&](size_t i) { return std::binary_search(train.members.begin(), train.members.end(), i); });
+    }
+    std::map<std::string, uint64_t> causes;
+    double excess = 0;
+    for (const size_t i : loose) {
+      const Finding finding = attribution.explain(std::span(&i, 1));
+      ++causes[name_of(finding.cause)];
+      excess += finding.excess_seconds;
+    }
+    report["spikes"] = spikes_;
+    report["loose_spikes"] = {
+        {"count", loose.size()}, {"excess_seconds", excess}, {"share_of_time", share(excess)}, {"causes", causes}};
+  }
+
+  json train_json(const Train& train, const Finding& finding) const {
+    json also = json::array();
+    for (const Clock clock : train.also) also.push_back(name_of(clock));
+    json parts = json::object();
+    for (size_t part = 0; part < kParts; ++part) {
+      if (finding.excess[part] > 0.01 * finding.excess_seconds)
+        parts[name_of(static_cast<Part>(part))] = finding.excess[part];
+    }
+    return {{"clock", name_of(train.clock)}, {"also", also},
+            {"period", train.period}, {"phase", train.phase}, {"jitter", train.jitter},
+            {"places", train.places}, {"filled", train.filled}, {"p_value", train.p_value},
+            {"tokens", train.members},
+            {"excess_each", finding.excess_seconds / static_cast<double>(std::max<size_t>(1, train.members.size()))},
+            {"share_of_time", share(finding.excess_seconds)},
+            {"excess_parts", parts},
+            {"cause", name_of(finding.cause)}, {"cause_text", text_of(finding.cause)},
+            {"grade", name_of(finding.grade)}, {"evidence", finding.evidence}};
+  }
+
+  const Trace& trace_;
+  const Tokens& tokens_;
+  std::vector<const Token*> decoded_;
+  std::vector<double> itl_;
+  double seconds_ = 0;
+  Clocks clocks_;
+  Baseline baseline_;
+  std::vector<size_t> spikes_;
+};
 
 }  // namespace
 
-nlohmann::json report_of(const Trace& trace, const Tokens& tokens) {
-  std::vector<const Token*> decoded;
-  std::vector<double> itl;
-  for (const Token& token : tokens.all) {
-    if (!token.decoded) continue;
-    decoded.push_back(&token);
-    itl.push_back(token.total());
-  }
-  double seconds = 0;
-  for (const double value : itl) seconds += value;
-  return {{"file", trace.path},
-          {"run", json::parse(trace.note, nullptr, false)},
-          {"complete", trace.complete},
-          {"records", trace.records},
-          {"dropped", trace.dropped},
-          {"tokens", tokens.all.size()},
-          {"decoded_tokens", decoded.size()},
-          {"decode_seconds", seconds},
-          {"itl", itl_of(itl)},
-          {"parts", parts_of(decoded)},
-          {"accounting", accounting_of(decoded)},
-          {"itl_series", itl}};
-}
+nlohmann::json report_of(const Trace& trace, const Tokens& tokens) { return Reporter(trace, tokens).report(); }
 
 }  // namespace sluice::trace

@@ -55,22 +55,28 @@ std::vector<Step> steps_of(std::span<const double> values) {
   const size_t half = kStepSide / 2;
   const auto change = [&](size_t i) { return medians[i + half] - medians[i - half - 1]; };
   const auto error = [&](size_t i) {
-    return std::sqrt(2.0 / kStepSide) * kMedianError * std::max(baseline.deviation[i - half - 1], baseline.deviation[i + half]);
+    return std::sqrt(2.0 / kStepSide) * kMedianError *
+           std::max(baseline.deviation[i - half - 1], baseline.deviation[i + half]);
+  };
+  // What a trend brings over the same distance, by the stretches next to it.
+  const auto trend = [&](size_t i) {
+    double sum = 0, count = 0;
+    if (i >= half + 1 + kStepSide) sum += medians[i - half - 1] - medians[i - half - 1 - kStepSide], ++count;
+    if (i + half + kStepSide < values.size()) sum += medians[i + half + kStepSide] - medians[i + half], ++count;
+    return count > 0 ? sum / count : 0;
   };
   for (size_t i = kStepSide; i + kStepSide < values.size(); ++i) {
-    const double size = std::abs(change(i));
+    const double size = std::abs(change(i) - trend(i));
     if (size < kStepErrors * error(i) || size < kLeastStep * medians[i - half - 1]) continue;
     bool largest = true;
-    for (size_t k = i - half; largest && k <= i + half; ++k) {
-      if (k >= kStepSide && k + kStepSide < values.size()) largest = std::abs(change(k)) < size || (std::abs(change(k)) == size && k >= i);
+    for (size_t k = std::max(kStepSide, i - half); largest && k <= std::min(i + half, values.size() - kStepSide - 1);
+         ++k) {
+      largest = std::abs(change(k)) < std::abs(change(i)) || (std::abs(change(k)) == std::abs(change(i)) && k >= i);
     }
     if (!largest) continue;
-    // What the trends to both sides would have brought over the same distance.
-    const double trend = std::abs(medians[i - half - 1] - medians[i - kStepSide]) +
-                         std::abs(medians[std::min(values.size() - 1, i + kStepSide)] - medians[i + half]);
-    if (size < 2 * trend) continue;
     const size_t left = i - std::min<size_t>(i, 64), right = std::min(values.size(), i + 64);
-    steps.push_back({.index = i, .before = median(values.subspan(left, i - left)), .after = median(values.subspan(i, right - i))});
+    steps.push_back(
+        {.index = i, .before = median(values.subspan(left, i - left)), .after = median(values.subspan(i, right - i))});
   }
   return steps;
 }

@@ -11,7 +11,8 @@ namespace sluice::trace {
 // A series against what is usual around each of its values.
 struct Baseline {
   std::vector<double> level;       // running median
-  std::vector<double> deviation;   // running median of |value - level| times 1.4826, at least kLeastDeviation of the level
+  std::vector<double>
+      deviation;  // running median of |value - level| times 1.4826, at least kLeastDeviation of the level
   std::vector<double> score;       // (value - level) / deviation
 };
 // Windows of 65 values for the level and 129 for the deviation: a spike in every fourth value moves neither much, and a

@@ -70,9 +70,11 @@ class Joiner {
     }
     for (size_t i = 0; i < trace_.tracks.size(); ++i) session(static_cast<uint32_t>(i));
     if (tokens_.all.empty()) {
-      return fail(ErrorCode::unsupported, fmt::format("{} holds no token; trace a run that generates some", trace_.path));
+      return fail(ErrorCode::unsupported,
+                  fmt::format("{} holds no token; trace a run that generates some", trace_.path));
     }
-    std::stable_sort(tokens_.all.begin(), tokens_.all.end(), [](const Token& a, const Token& b) { return a.end < b.end; });
+    std::stable_sort(tokens_.all.begin(), tokens_.all.end(),
+                     [](const Token& a, const Token& b) { return a.end < b.end; });
     machine();
     return std::move(tokens_);
   }

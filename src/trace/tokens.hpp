@@ -31,7 +31,8 @@ struct Token {
   uint32_t session = 0;                  // number of its track
   uint32_t prompt_tokens = 0;            // that its passes read; 1 when decoding
   uint64_t context = 0;                  // tokens of the sequence, itself included
-  // Growth of each counter from the token before of the same session to this one; readings (see record.hpp) as they are.
+  // Growth of each counter from the token before of the same session to this one; readings (see record.hpp) as they
+  // are.
   std::array<double, static_cast<size_t>(Counter::count)> counters{};
   bool decoded = false;                  // one row after another generated token: what ITL is about
 
@@ -47,8 +48,8 @@ struct Tokens {
   std::array<bool, static_cast<size_t>(Counter::count)> counted{};   // counters that the trace has
 };
 
-// Joins the tracks of a trace. Tokens whose passes were dropped keep the time in `gap`. Error: unsupported, if it has no
-// tokens.
+// Joins the tracks of a trace. Tokens whose passes were dropped keep the time in `gap`. Error: unsupported, if it has
+// no tokens.
 Result<Tokens> tokens_of(const Trace& trace);
 
 }  // namespace sluice::trace

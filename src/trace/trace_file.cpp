@@ -200,17 +200,20 @@ class Parser {
 
   Status header() {
     if (bytes_.size() < kHeaderBytes || std::memcmp(bytes_.data(), kMagic, sizeof kMagic) != 0) {
-      return fail(ErrorCode::corrupt, fmt::format("{} is not a trace; make one with `sluice run --trace FILE`", trace_.path));
+      return fail(ErrorCode::corrupt,
+                  fmt::format("{} is not a trace; make one with `sluice run --trace FILE`", trace_.path));
     }
     FileHeader header;
     std::memcpy(&header, bytes_.data(), sizeof header);
     if (header.sum != sum_of(header)) return damaged(0, "a header whose checksum differs");
     if (header.version != kFormatVersion) {
-      return fail(ErrorCode::unsupported, fmt::format("{} is a trace of format version {}, this is Sluice for version {}; "
-                                                      "read it with the Sluice that wrote it", trace_.path, header.version,
-                                                      kFormatVersion));
+      return fail(ErrorCode::unsupported,
+                  fmt::format("{} is a trace of format version {}, this is Sluice for version {}; "
+                              "read it with the Sluice that wrote it",
+                              trace_.path, header.version, kFormatVersion));
     }
-    if (header.header_bytes != kHeaderBytes) return damaged(12, fmt::format("a header of {} bytes", header.header_bytes));
+    if (header.header_bytes != kHeaderBytes)
+      return damaged(12, fmt::format("a header of {} bytes", header.header_bytes));
     trace_.started = {.ticks = header.ticks, .steady_ns = header.steady_ns, .error_ns = header.error_ns};
     trace_.started_unix_ns = header.unix_ns;
     return {};
@@ -233,8 +236,10 @@ class Parser {
     Cursor cursor(payload);
     const auto number = cursor.take<uint32_t>();
     const auto length = cursor.take<uint32_t>();
-    if (number != trace_.tracks.size() || number >= kMostTracks) return damaged(at, fmt::format("track {} out of order", number));
-    if (length > kMostNameBytes || length > cursor.rest().size()) return damaged(at, fmt::format("a name of {} bytes", length));
+    if (number != trace_.tracks.size() || number >= kMostTracks)
+      return damaged(at, fmt::format("track {} out of order", number));
+    if (length > kMostNameBytes || length > cursor.rest().size())
+      return damaged(at, fmt::format("a name of {} bytes", length));
     trace_.tracks.push_back({.name = std::string(reinterpret_cast<const char*>(cursor.rest().data()), length)});
     return {};
   }
@@ -245,7 +250,8 @@ class Parser {
     const auto number = cursor.take<uint32_t>();
     const auto count = cursor.take<uint32_t>();
     const auto dropped = cursor.take<uint64_t>();
-    if (number >= trace_.tracks.size()) return damaged(at, fmt::format("records of track {}, which is not there", number));
+    if (number >= trace_.tracks.size())
+      return damaged(at, fmt::format("records of track {}, which is not there", number));
     if (cursor.rest().size() != uint64_t{count} * sizeof(Record)) {
       return damaged(at, fmt::format("{} records in {} bytes", count, cursor.rest().size()));
     }
@@ -257,7 +263,8 @@ class Parser {
     if (count > 0) std::memcpy(track.records.data() + before, cursor.rest().data(), cursor.rest().size());
     for (size_t i = before; i < track.records.size(); ++i) {
       const Record& record = track.records[i];
-      if (record.end < record.begin) return damaged(at, fmt::format("a span that ends before it begins (record {})", i - before));
+      if (record.end < record.begin)
+        return damaged(at, fmt::format("a span that ends before it begins (record {})", i - before));
     }
     trace_.records += count;
     return {};
@@ -293,7 +300,9 @@ class Parser {
 
 }  // namespace
 
-Result<Trace> parse_trace(std::span<const std::byte> bytes, const std::string& path) { return Parser(bytes, path).parse(); }
+Result<Trace> parse_trace(std::span<const std::byte> bytes, const std::string& path) {
+  return Parser(bytes, path).parse();
+}
 
 Result<Trace> read_trace(const std::string& path) {
   SLUICE_TRY_ASSIGN(fd, open_file(path, O_RDONLY | O_CLOEXEC));

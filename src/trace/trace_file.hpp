@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The .sltrace file, format version 1. Everything is little-endian.
 //
-//   offset 0   header, 64 bytes: magic "SLTRACE\n", u32 version, u32 header bytes, u64 ticks, u64 steady ns, u64 unix ns
+//   offset 0   header, 64 bytes: magic "SLTRACE\n", u32 version, u32 header bytes, u64 ticks, u64 steady ns, u64 unix
+//   ns
 //              (one moment on three clocks), u64 error ns of that reading, u64 zero, u64 xxh3-64 of the bytes before it
-//         64   chunks: u32 tag, u32 payload bytes (a multiple of 8), u64 xxh3-64 of the payload with the first eight bytes
+//         64   chunks: u32 tag, u32 payload bytes (a multiple of 8), u64 xxh3-64 of the payload with the first eight
+//         bytes
 //              as seed, payload
 //
 //   tag     payload
@@ -13,7 +15,8 @@
 //   CLKS    u64 ticks, u64 steady ns, u64 error ns: a later moment; the last one gives the ticks their rate
 //   ENDS    u64 records, u64 dropped, of all tracks. Last; a file without it was not finished (the process was killed)
 //
-// Chunks with other tags are skipped. A file may end anywhere behind its header: whole chunks count, and complete says no.
+// Chunks with other tags are skipped. A file may end anywhere behind its header: whole chunks count, and complete says
+// no.
 #pragma once
 
 #include <cstddef>
@@ -35,7 +38,8 @@ inline constexpr uint32_t kFormatVersion = 1;
 class TraceFileWriter {
  public:
   // Errors: not_found (the folder), io.
-  static Result<TraceFileWriter> create(const std::string& path, const ClockPair& started, const std::string& note_json);
+  static Result<TraceFileWriter> create(const std::string& path, const ClockPair& started,
+                                        const std::string& note_json);
 
   Status add_track(uint32_t number, const std::string& name);
   Status add_records(uint32_t track, std::span<const Record> records, uint64_t dropped);
@@ -71,11 +75,13 @@ struct Trace {
   bool complete = false;         // false: the run ended before the file was finished
 
   // Seconds since the trace began.
-  double seconds(uint64_t at_ticks) const { return (scale.steady_ns(at_ticks) - static_cast<double>(started.steady_ns)) * 1e-9; }
+  double seconds(uint64_t at_ticks) const {
+    return (scale.steady_ns(at_ticks) - static_cast<double>(started.steady_ns)) * 1e-9;
+  }
 };
 
-// Reads and checks a whole file. Errors: not_found, io, corrupt (the offset and what was expected), unsupported (a later
-// version).
+// Reads and checks a whole file. Errors: not_found, io, corrupt (the offset and what was expected), unsupported (a
+// later version).
 Result<Trace> read_trace(const std::string& path);
 // The same of bytes in memory; `path` is for messages.
 Result<Trace> parse_trace(std::span<const std::byte> bytes, const std::string& path);

@@ -19,7 +19,7 @@ constexpr double kStepsPerCycle = 3;       // of frequency: a grid is off by a s
 constexpr size_t kPeaks = 6;               // frequencies that are looked at closely
 constexpr double kLevelFactor = 1.5;       // from one height of events to the next
 constexpr double kWidestPlace = 0.15;      // a place reaches this share of the period to both sides
-constexpr double kTokenWidth = 0.55;       // ... but at least this many tokens: where in a token it happened is not known
+constexpr double kTokenWidth = 0.55;  // ... but at least this many tokens: where in a token it happened is not known
 constexpr double kTooWide = 0.25;          // ... and never more than this share of the period
 // A clock is as good as the best one where its jitter is larger by less than this share and this much of a period.
 constexpr double kSameJitterShare = 0.15, kSameJitter = 0.002;
@@ -71,7 +71,8 @@ class Axis {
       if (!regress(events, grid, round < 2 ? kTooWide : kWidestPlace)) return Grid();
     }
     grid.width = std::clamp(3 * grid.jitter * grid.period, kTokenWidth * spacing_, kTooWide * grid.period);
-    if (grid.width > kWidestPlace * grid.period) grid.width = std::max(kWidestPlace * grid.period, kTokenWidth * spacing_);
+    if (grid.width > kWidestPlace * grid.period)
+      grid.width = std::max(kWidestPlace * grid.period, kTokenWidth * spacing_);
     grid.width = std::min(grid.width, kTooWide * grid.period);
     rate(events, grid);
     return grid;
@@ -86,15 +87,17 @@ class Axis {
     return (cycles - std::round(cycles)) * grid.period;
   }
 
-  // Frequencies at which the events' phases agree most (Rayleigh's statistic), from kLeastPlaces cycles over the series up
-  // to one in two tokens.
+  // Frequencies at which the events' phases agree most (Rayleigh's statistic), from kLeastPlaces cycles over the series
+  // up to one in two tokens.
   std::vector<double> peaks(std::span<const double> events) const {
     const double step = 1 / (kStepsPerCycle * span());
     const double first = kLeastPlaces / span();
     const auto count = static_cast<size_t>(std::max(0.0, (0.5 / spacing_ - first) / step)) + 1;
     const size_t m = events.size();
     std::vector<float> re(m), im(m), turn_re(m), turn_im(m);
-    const auto turns = [&](double frequency, size_t i) { return 2 * std::numbers::pi * frequency * (events[i] - at_.front()); };
+    const auto turns = [&](double frequency, size_t i) {
+      return 2 * std::numbers::pi * frequency * (events[i] - at_.front());
+    };
     std::vector<float> power(count);
     for (size_t f = 0; f < count; ++f) {
       if (f % 256 == 0) {  // rotating in single precision drifts: begin anew
@@ -164,7 +167,8 @@ class Axis {
 
   void rate(std::span<const double> events, Grid& grid) const {
     const double begin = at_.front() - 0.5 * spacing_, end = at_.back() + 0.5 * spacing_;
-    const double first = std::ceil((begin - grid.phase) / grid.period), last = std::floor((end - grid.phase) / grid.period);
+    const double first = std::ceil((begin - grid.phase) / grid.period),
+                 last = std::floor((end - grid.phase) / grid.period);
     grid.places = last - first + 1;
     double previous = -1e300;
     for (const double x : events) {
@@ -193,7 +197,8 @@ class Search {
   Search(std::span<const double> scores, const Clocks& clocks, const TrainOptions& options)
       : scores_(scores), options_(options), random_(options.seed) {
     for (size_t clock = 0; clock < kClocks; ++clock) {
-      if (clocks.at[clock].size() == scores.size()) axes_.push_back({static_cast<Clock>(clock), Axis(clocks.at[clock])});
+      if (clocks.at[clock].size() == scores.size())
+        axes_.push_back({static_cast<Clock>(clock), Axis(clocks.at[clock])});
     }
     std::erase_if(axes_, [](const Named& named) { return !named.axis.usable(); });
   }
@@ -259,7 +264,8 @@ class Search {
     }
     const double n = options_.shuffles, mean = sum / n;
     // Scores of chance are cut off at 0 where few events are: a width of at least one nat, that of a likelihood ratio.
-    const double scale = std::max(1.0, std::sqrt(std::max(0.0, squares / n - mean * mean)) * std::sqrt(6.0) / std::numbers::pi);
+    const double scale =
+        std::max(1.0, std::sqrt(std::max(0.0, squares / n - mean * mean)) * std::sqrt(6.0) / std::numbers::pi);
     return -std::expm1(-std::exp(-(score - (mean - 0.5772 * scale)) / scale));
   }
 
@@ -277,10 +283,12 @@ class Search {
     }
     if (fits.empty()) return std::nullopt;
     // A grid that leaves events out may lie closer to the rest: the members count first.
-    const auto most = std::max_element(fits.begin(), fits.end(), [](const Fit& a, const Fit& b) { return a.grid.score < b.grid.score; });
+    const auto most = std::max_element(fits.begin(), fits.end(),
+                                       [](const Fit& a, const Fit& b) { return a.grid.score < b.grid.score; });
     const double least_score = 0.75 * most->grid.score;
     std::erase_if(fits, [&](const Fit& fit) { return fit.grid.score < least_score; });
-    const auto best = std::min_element(fits.begin(), fits.end(), [](const Fit& a, const Fit& b) { return a.grid.jitter < b.grid.jitter; });
+    const auto best = std::min_element(fits.begin(), fits.end(),
+                                       [](const Fit& a, const Fit& b) { return a.grid.jitter < b.grid.jitter; });
     Train train;
     const Grid& grid = best->grid;
     train.clock = best->clock;
@@ -294,7 +302,8 @@ class Search {
       if (Axis::on(grid, best->axis->at(i))) train.members.push_back(i);
     }
     for (const Fit& fit : fits) {
-      if (fit.clock != train.clock && fit.grid.jitter <= grid.jitter * (1 + kSameJitterShare) + kSameJitter) train.also.push_back(fit.clock);
+      if (fit.clock != train.clock && fit.grid.jitter <= grid.jitter * (1 + kSameJitterShare) + kSameJitter)
+        train.also.push_back(fit.clock);
     }
     return train;
   }

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Spikes that come at equal distances on one of three clocks: the number of tokens, the time, the bytes read.
 //
-// What drives a train shows in the clock that it keeps: a buffer that is full every so many tokens, a timer, a drive that
-// pauses every so many bytes. On the wrong clock the same events drift.
+// What drives a train shows in the clock that it keeps: a buffer that is full every so many tokens, a timer, a drive
+// that pauses every so many bytes. On the wrong clock the same events drift.
 //
-//   spikes --by height: 6, 9, 13.5 ... deviations--> events --every period, three clocks--> best grid --shuffles--> train
+//   spikes --by height: 6, 9, 13.5 ... deviations--> events --every period, three clocks--> best grid --shuffles-->
+//   train
 //
-// A grid (period P, phase) is scored by how many of its K places hold an event, share c, against the share q that as many
-// events thrown at random onto the same tokens would fill: K * KL(c || q) nats, less 1.5 ln K for the number of grids that
-// there are. Twice the period leaves every other event out, half of it every other place empty, so both score lower. The
-// same search over events that are shuffled among all tokens gives the scores of chance; their Gumbel tail gives p.
+// A grid (period P, phase) is scored by how many of its K places hold an event, share c, against the share q that as
+// many events thrown at random onto the same tokens would fill: K * KL(c || q) nats, less 1.5 ln K for the number of
+// grids that there are. Twice the period leaves every other event out, half of it every other place empty, so both
+// score lower. The same search over events that are shuffled among all tokens gives the scores of chance; their Gumbel
+// tail gives p.
 #pragma once
 
 #include <array>
@@ -26,13 +28,15 @@ const char* name_of(Clock clock);
 
 // Where each token stands on each clock; ascending. A clock that stands still or is missing is an empty array.
 struct Clocks {
-  std::array<std::vector<double>, kClocks> at;   // token: 0, 1, ...; time: seconds; bytes: bytes, all at the token's begin
+  std::array<std::vector<double>, kClocks>
+      at;  // token: 0, 1, ...; time: seconds; bytes: bytes, all at the token's begin
   const std::vector<double>& operator[](Clock clock) const { return at[static_cast<size_t>(clock)]; }
 };
 
 struct Train {
   Clock clock = Clock::token;
-  // Clocks on which the same events fit as well, within what the data can tell: the runs of both clocks are proportional.
+  // Clocks on which the same events fit as well, within what the data can tell: the runs of both clocks are
+  // proportional.
   std::vector<Clock> also;
   double period = 0, phase = 0;          // in the clock's unit; places are phase + k * period, 0 <= phase < period
   double jitter = 0;                     // root mean square of the distance from the places, as a share of the period

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`run --trace` and `trace`: what is recorded is what is shown, on every way of reading, and bad input has one sentence."""
+"""`run --trace` and `trace`: what is recorded is shown, on every way of reading, and bad input has one sentence."""
 import os
 import unittest
 

@@ -30,7 +30,9 @@ bool parse_bytes(std::span<const uint8_t> bytes) {
   }
   SLUICE_CHECK(records == trace->records);
   const auto tokens = trace::tokens_of(*trace);
-  if (tokens) SLUICE_CHECK(!trace::report_of(*trace, *tokens).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).empty());
+  if (tokens)
+    SLUICE_CHECK(
+        !trace::report_of(*trace, *tokens).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).empty());
   return true;
 }
 
@@ -47,7 +49,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 int main(int argc, char** argv) {
   const uint64_t runs = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 50'000;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-  std::printf("trace fuzz: %llu runs, seed %llu\n", static_cast<unsigned long long>(runs), static_cast<unsigned long long>(seed));
+  std::printf("trace fuzz: %llu runs, seed %llu\n", static_cast<unsigned long long>(runs),
+              static_cast<unsigned long long>(seed));
   std::fflush(stdout);
   const test::TempFolder folder;
   const std::vector<std::byte> good = test::trace_bytes(folder.file("f.sltrace"), test::write_two_tokens);

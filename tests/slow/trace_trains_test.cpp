@@ -73,7 +73,8 @@ Tally with_clean(Tally tally, const Tally& clean) {
 }  // namespace
 
 TEST_CASE("spike trains of 8 sigma and more are found with their period and clock, and none where there are none") {
-  std::printf("seed %llu, %llu series of each kind\n", static_cast<unsigned long long>(kSeed), static_cast<unsigned long long>(series_count()));
+  std::printf("seed %llu, %llu series of each kind\n", static_cast<unsigned long long>(kSeed),
+              static_cast<unsigned long long>(series_count()));
   const Tally clean = tally_of(our_detector, series_count(), 0, kSeed);
   const Tally tally = with_clean(tally_of(our_detector, series_count(), 8, kSeed + 1), clean);
   print("8 sigma", tally);
@@ -88,7 +89,8 @@ TEST_CASE("spike trains of 8 sigma and more are found with their period and cloc
 
 TEST_CASE("a detector that calls everything a spike fails the same bounds") {
   const uint64_t few = std::min<uint64_t>(series_count(), 100);
-  const Tally tally = with_clean(tally_of(credulous_detector, few, 8, kSeed + 1), tally_of(credulous_detector, few, 0, kSeed));
+  const Tally tally =
+      with_clean(tally_of(credulous_detector, few, 8, kSeed + 1), tally_of(credulous_detector, few, 0, kSeed));
   print("credulous", tally);
   CHECK_FALSE(within_bounds(tally));
   CHECK(tally.false_alarm_rate() == 1);

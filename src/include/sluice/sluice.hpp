@@ -59,6 +59,8 @@ struct ModelOptions {
   Activations cpu_activations = Activations::int8;
   uint32_t threads = 0;              // of the CPU backend; 0: one per core
   Bandwidths bandwidths;             // for the prediction in Timings; an unknown disk is what reading so far has shown
+  // Faults made on purpose, to see whether a trace shows them: "read:period=16,ms=30" (docs/tracing.md). Error: usage.
+  std::vector<std::string> inject;
   LogHook log;
   std::function<void(uint64_t done, uint64_t total)> load_progress;   // bytes of resident and host weights
 };
@@ -297,6 +299,10 @@ class SLUICE_API TextCodec {
 // What a trace says, as a JSON object (docs/tracing.md). Errors: not_found, io, corrupt, unsupported (a later format
 // version; a trace without a token).
 SLUICE_API Result<std::string> analyze_trace(const std::string& path);
+// The same trace for others: a page that needs nothing else, Perfetto's protobuf (ui.perfetto.dev), or the Trace Event
+// Format of Chrome. Errors: those of analyze_trace; io, not_found (the folder of `output`).
+enum class TraceFormat { html, perfetto, chrome };
+SLUICE_API Status export_trace(const std::string& path, TraceFormat format, const std::string& output);
 
 // ---- The machine -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Why tokens were slow: what of their time was more than usual, and which counters moved with it.
+//
+// A rule names a cause only where the time and a counter, or a part of the time that can have no other cause, agree.
+// The rest is unknown: a wrong name costs its reader more than none.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "trace/tokens.hpp"
+
+namespace sluice::trace {
+
+enum class Cause : uint8_t {
+  unknown,
+  disk_tail,        // reads that took long, with nobody else at the drive: the drive itself, its heat, its housekeeping
+  competing_reads,  // the drive also served others
+  page_faults,      // pages that had been dropped were read again
+  bus,              // copies into device memory took long
+  scheduling,       // the host ran something else on the core
+  allocation,       // fresh memory: KV or allocator growth
+  compute,          // operations took long by themselves: clocks, heat, a stalled device
+  interference,     // another session's pass or prompt came first
+  consumer,         // whoever takes the tokens was slow
+  count,
+};
+const char* name_of(Cause cause);       // "disk_tail"
+const char* text_of(Cause cause);       // "the drive answered late"
+
+// What a rule rests on. `confirmed` needs a second run with the suspect out of the way.
+enum class Grade : uint8_t { unknown, correlated, confirmed };
+const char* name_of(Grade grade);
+
+struct Finding {
+  Cause cause = Cause::unknown;
+  Grade grade = Grade::unknown;
+  std::array<double, kParts> excess{};  // seconds beyond the usual, summed over the tokens, by part
+  double excess_seconds = 0;            // of the whole tokens
+  std::string evidence;                 // "93% of the excess is disk_wait; others read 61 MiB meanwhile"
+};
+
+// Every token's parts and counters beside what is usual around it.
+class Attribution {
+ public:
+  // `tokens` borrows: all decoded ones, in order.
+  explicit Attribution(std::span<const Token* const> tokens);
+
+  // The common cause of the tokens with these indices.
+  Finding explain(std::span<const size_t> members) const;
+
+ private:
+  struct Sums;
+  Sums sums_of(std::span<const size_t> members) const;
+
+  std::span<const Token* const> tokens_;
+  std::array<std::vector<double>, kParts> usual_;   // by part and token
+  std::vector<double> usual_total_;
+  std::array<std::vector<double>, static_cast<size_t>(Counter::count)> usual_counts_;
+  double cpu_pressure_ = 0;                         // share of ordinary time in which some task waited for a core
+};
+
+}  // namespace sluice::trace

@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: Apache-2.0
+// The report as one page: figures are SVG that is drawn here, so that the page needs no script, prints, and reads the
+// same in ten years. Colours are CSS variables with a light and a dark set.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include "base/units.hpp"
+#include "trace/export.hpp"
+
+namespace sluice::trace {
+namespace {
+
+using nlohmann::json;
+
+// Room for labels at the size that a phone needs.
+constexpr double kWidth = 760, kLeft = 96, kRight = 16, kTop = 16, kBottom = 56;
+constexpr double kPlotWidth = kWidth - kLeft - kRight;
+constexpr size_t kColumns = 300;     // of a figure over all tokens: more than a phone has pixels for
+
+constexpr const char* kStyle = R"(
+:root{--bg:#fff;--fg:#1b1f24;--dim:#667;--line:#d5d9df;--ink:#2563a8;--spike:#c2410c;
+--s0:#b4452c;--s1:#d9903d;--s2:#8f6bb3;--s3:#2f6f9f;--s4:#3f9b8f;--s5:#7a9b3f;--s6:#a3a9b3;--s7:#5b6270}
+@media (prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e4e7eb;--dim:#9aa3ad;--line:#363c44;--ink:#6aa8e8;
+--spike:#fb8b4b;
+--s0:#e0694d;--s1:#e3a75d;--s2:#b494d6;--s3:#5f9fd0;--s4:#62bdb0;--s5:#a3c465;--s6:#767d87;--s7:#aab1bb}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1rem;max-width:60rem;background:var(--bg);color:var(--fg);
+font:16px/1.45 system-ui,sans-serif}
+h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.1rem;margin:1.6rem 0 .3rem}
+p,li{margin:.3rem 0}.dim{color:var(--dim)}.warn{color:var(--spike)}
+table{border-collapse:collapse;width:100%}
+td,th{padding:.15rem .5rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+td{overflow-wrap:anywhere}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.scroll{overflow-x:auto}
+svg{display:block;width:100%;height:auto}
+svg text{font-size:13px;fill:var(--dim)}
+.axis{stroke:var(--line)}.itl{fill:none;stroke:var(--ink)}.bar{fill:var(--ink)}.spike{fill:var(--spike)}
+.key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.3rem 0;list-style:none}
+.key span{display:inline-block;width:.8em;height:.8em;margin-right:.35em}
+@media (max-width:40rem){svg text{font-size:22px}body{padding:.7rem}}
+@media print{:root{--bg:#fff;--fg:#000;--dim:#444;--line:#bbb}body{max-width:none}
+h2{break-after:avoid}svg{break-inside:avoid}}
+)";
+
+// What a reader tells apart; several parts share a colour where one explains the other.
+struct Group {
+  const char* name;
+  const char* color;
+  std::vector<Part> parts;
+};
+const std::array<Group, 8>& groups() {
+  static const std::array<Group, 8> kGroups = {{
+      {"disk wait", "--s0", {Part::disk_wait, Part::embed}},
+      {"copy wait", "--s1", {Part::copy_wait}},
+      {"other sessions", "--s2", {Part::turn_wait}},
+      {"matmul", "--s3", {Part::matmul, Part::lm_head}},
+      {"attention", "--s4", {Part::attention, Part::rope}},
+      {"other operations", "--s5", {Part::norm, Part::activation, Part::finish}},
+      {"sampling, text, caller", "--s7", {Part::sampling, Part::detokenize, Part::callback}},
+      {"tracing and not named", "--s6", {Part::evidence, Part::pass_gap, Part::gap}},
+  }};
+  return kGroups;
+}
+
+std::string escaped(std::string_view text) {
+  std::string out;
+  for (const char c : text) {
+    switch (c) {
+      case '<': out += "&lt;"; break;
+      case '>': out += "&gt;"; break;
+      case '&': out += "&amp;"; break;
+      case '"': out += "&quot;"; break;
+      default: out += c;
+    }
+  }
+  return out;
+}
+
+std::string seconds_of(const json& value) { return format_seconds(value.get<double>()); }
+
+// A step of 1, 2 or 5 times a power of ten that divides `range` into at most `most` pieces.
+double nice_step(double range, int most) {
+  if (!(range > 0)) return 1;
+  const double power = std::pow(10.0, std::floor(std::log10(range / most)));
+  for (const double factor : {1.0, 2.0, 5.0}) {
+    if (range / (factor * power) <= most) return factor * power;
+  }
+  return 10 * power;
+}
+
+// One figure: a frame with axes, and what is drawn into it.
+class Figure {
+ public:
+  Figure(std::string label, double height) : height_(height) {
+    svg_ = fmt::format(R"(<svg viewBox="0 0 {} {}" role="img" aria-label="{}">)", kWidth, height, escaped(label));
+  }
+  double height() const { return height_ - kTop - kBottom; }
+  double y(double share) const { return kTop + height() * (1 - share); }   // 0: bottom, 1: top
+  static double x(double share) { return kLeft + kPlotWidth * share; }
+
+  void add(std::string_view element) { svg_ += element; }
+  void text(double x, double y, const char* anchor, std::string_view value) {
+    svg_ += fmt::format(R"(<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>)", x, y, anchor, escaped(value));
+  }
+  void rectangle(const char* style, double x, double y, double width, double height, std::string_view title = {}) {
+    svg_ += fmt::format(R"(<rect {} x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}">)", style, x, y,
+                        std::max(0.0, width), std::max(0.0, height));
+    if (!title.empty()) svg_ += fmt::format("<title>{}</title>", escaped(title));
+    svg_ += "</rect>";
+  }
+  void y_axis(double top, bool seconds) {
+    const double step = nice_step(top, 4);
+    for (double value = 0; value <= top * 1.001; value += step) {
+      const double at = y(value / top);
+      svg_ += fmt::format(R"(<line class="axis" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>)", kLeft, kWidth - kRight, at,
+                          at);
+      text(kLeft - 6, at + 5, "end", seconds ? (value == 0 ? "0" : format_seconds(value)) : fmt::format("{:g}", value));
+    }
+  }
+  void x_axis(double end, std::string_view unit) {
+    const double step = nice_step(end, 4);
+    for (double value = 0; value <= end * 1.001; value += step)
+      text(x(value / end), height_ - 34, "middle", fmt::format("{:g}", value));
+    text(kWidth - kRight, height_ - 8, "end", unit);
+  }
+  std::string take() { return std::move(svg_) + "</svg>"; }
+
+ private:
+  double height_;
+  std::string svg_;
+};
+
+class Page {
+ public:
+  Page(const json& report, const Tokens& tokens) : report_(report) {
+    for (const Token& token : tokens.all) {
+      if (token.decoded) decoded_.push_back(&token);
+    }
+  }
+
+  std::string page() {
+    header();
+    if (!decoded_.empty()) {
+      itl_figure();
+      findings();
+      stages_figure();
+      histogram();
+      periods();
+    }
+    tiers();
+    configuration();
+    return fmt::format(
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
+        "content=\"width=device-width,initial-scale=1\"><meta name=\"color-scheme\" content=\"light dark\">"
+        "<link rel=\"icon\" href=\"data:,\"><title>Sluice "
+        "trace</title><style>{}</style></head><body>{}</body></html>\n",
+        kStyle, html_);
+  }
+
+ private:
+  void header() {
+    const json& run = report_["run"];
+    const json model = run.is_object() ? run.value("model", json::object()) : json::object();
+    html_ += fmt::format("<h1>{}</h1>", escaped(model.is_object() ? model.value("name", "Trace") : "Trace"));
+    html_ += fmt::format("<p class=\"dim\">{} tokens, {} of them decoded in {}; {} records, {} dropped{}</p>",
+                         report_["tokens"].get<uint64_t>(), decoded_.size(), seconds_of(report_["decode_seconds"]),
+                         report_["records"].get<uint64_t>(), report_["dropped"].get<uint64_t>(),
+                         report_["complete"].get<bool>() ? "" : "; the run ended before its trace was finished");
+    if (!report_["injected"].empty())
+      html_ +=
+          fmt::format("<p class=\"warn\">Faults were injected on purpose: {}</p>", escaped(report_["injected"].dump()));
+    const json& itl = report_["itl"];
+    html_ += "<h2>Time between tokens</h2><table><tr>";
+    for (const char* name : {"p50", "p90", "p99", "p99.9", "max"})
+      html_ += fmt::format("<th class=\"n\">{}</th>", name);
+    html_ += "</tr><tr>";
+    for (const char* name : {"p50", "p90", "p99", "p99.9", "max"})
+      html_ += fmt::format("<td class=\"n\">{}</td>", seconds_of(itl[name]));
+    html_ += fmt::format("</tr></table><p class=\"dim\">Named parts explain at least 99% of {:.2f}% of the tokens.</p>",
+                         100 * report_["accounting"]["tokens_at_99_percent"].get<double>());
+  }
+
+  size_t columns() const { return std::min(kColumns, decoded_.size()); }
+  // Tokens [begin, end) of a column.
+  std::pair<size_t, size_t> column(size_t c) const {
+    return {c * decoded_.size() / columns(), (c + 1) * decoded_.size() / columns()};
+  }
+
+  void itl_figure() {
+    const double top = report_["itl"]["max"].get<double>() * 1.05;
+    Figure figure("Inter-token latency over tokens", 260);
+    figure.y_axis(top, true);
+    figure.x_axis(static_cast<double>(decoded_.size()), "token");
+    std::string path;
+    for (size_t c = 0; c < columns(); ++c) {
+      const auto [begin, end] = column(c);
+      double low = 1e300, high = 0;
+      for (size_t i = begin; i < end; ++i)
+        low = std::min(low, decoded_[i]->total()), high = std::max(high, decoded_[i]->total());
+      const double x = Figure::x((static_cast<double>(c) + 0.5) / static_cast<double>(columns()));
+      path += fmt::format("{}{:.1f} {:.1f}L{:.1f} {:.1f}", c == 0 ? "M" : "L", x, figure.y(low / top), x,
+                          figure.y(high / top));
+    }
+    figure.add(fmt::format(R"(<path class="itl" d="{}"/>)", path));
+    for (const json& index : report_["spikes"]) {
+      const auto i = index.get<size_t>();
+      const double x = Figure::x((static_cast<double>(i) + 0.5) / static_cast<double>(decoded_.size()));
+      figure.add(
+          fmt::format(R"(<circle class="spike" cx="{:.1f}" cy="{:.1f}" r="3"><title>token {}: {}</title></circle>)", x,
+                      figure.y(decoded_[i]->total() / top), i, format_seconds(decoded_[i]->total())));
+    }
+    html_ += "<h2>Latency of each token</h2>" + figure.take();
+  }
+
+  void findings() {
+    html_ += "<h2>What stood out</h2>";
+    for (const json& train : report_["trains"]) {
+      html_ += fmt::format(
+          "<p><b>Every {}</b>: {} spikes in {:.0f} places, {} each, {:.1f}% of the time. {}: <b>{}</b> ({}). {}</p>",
+          period_text(train), train["tokens"].size(), train["places"].get<double>(), seconds_of(train["excess_each"]),
+          100 * train["share_of_time"].get<double>(), "Cause", escaped(train["cause_text"].get<std::string>()),
+          train["grade"].get<std::string>(), escaped(train["evidence"].get<std::string>()));
+    }
+    const json& loose = report_["loose_spikes"];
+    std::string causes;
+    for (const auto& [cause, count] : loose["causes"].items())
+      causes += fmt::format(" {} {},", count.get<uint64_t>(), cause);
+    if (!causes.empty()) causes.back() = '.';
+    html_ += fmt::format("<p>{} spikes without a period, {:.1f}% of the time.{}</p>", loose["count"].get<uint64_t>(),
+                         100 * loose["share_of_time"].get<double>(), causes);
+    for (const json& step : report_["steps"]) {
+      html_ += fmt::format("<p>The level changes at token {}: {} before, {} after.</p>", step["token"].get<uint64_t>(),
+                           seconds_of(step["before"]), seconds_of(step["after"]));
+    }
+    if (const json& trend = report_["trend"]; trend.is_object()) {
+      html_ += fmt::format("<p>The median token takes {} at {} tokens of context and {} at {}.</p>",
+                           seconds_of(trend["first"]), trend["context_first"].get<uint64_t>(),
+                           seconds_of(trend["last"]), trend["context_last"].get<uint64_t>());
+    }
+  }
+
+  static std::string period_text(const json& train) {
+    const auto period = train["period"].get<double>();
+    if (train["clock"] == "token") return fmt::format("{:.1f} tokens", period);
+    if (train["clock"] == "time") return format_seconds(period);
+    return format_bytes(static_cast<uint64_t>(period)) + " read";
+  }
+
+  static double seconds_in(const Token& token, const Group& group) {
+    return std::accumulate(group.parts.begin(), group.parts.end(), 0.0,
+                           [&](double sum, Part part) { return sum + token[part]; });
+  }
+
+  void stages_figure() {
+    std::vector<std::array<double, 8>> stacks(columns());
+    double top = 0;
+    for (size_t c = 0; c < columns(); ++c) {
+      const auto [begin, end] = column(c);
+      double sum = 0;
+      for (size_t g = 0; g < groups().size(); ++g) {
+        for (size_t i = begin; i < end; ++i)
+          stacks[c][g] += seconds_in(*decoded_[i], groups()[g]) / static_cast<double>(end - begin);
+        sum += stacks[c][g];
+      }
+      top = std::max(top, sum * 1.05);
+    }
+    Figure figure("Time of a token by stage", 260);
+    figure.y_axis(top, true);
+    figure.x_axis(static_cast<double>(decoded_.size()), "token");
+    const double width = kPlotWidth / static_cast<double>(columns());
+    for (size_t g = 0; g < groups().size(); ++g) {
+      std::string path;
+      for (size_t c = 0; c < columns(); ++c) {
+        const double below =
+            std::accumulate(stacks[c].begin(), stacks[c].begin() + static_cast<std::ptrdiff_t>(g), 0.0);
+        const double bottom = figure.y(below / top), height = figure.height() * stacks[c][g] / top;
+        if (height > 0.05)
+          path += fmt::format("M{:.1f} {:.1f}h{:.2f}v{:.2f}h{:.2f}z", Figure::x(0) + width * static_cast<double>(c),
+                              bottom, width, -height, -width);
+      }
+      figure.add(fmt::format("<path style=\"fill:var({})\" d=\"{}\"><title>{}</title></path>", groups()[g].color, path,
+                             groups()[g].name));
+    }
+    html_ += "<h2>Where the time goes</h2>" + figure.take() + "<ul class=\"key\">";
+    const double all = report_["decode_seconds"].get<double>();
+    for (const Group& group : groups()) {
+      double sum = 0;
+      for (const Token* token : decoded_) sum += seconds_in(*token, group);
+      html_ += fmt::format("<li><span style=\"background:var({})\"></span>{} {:.1f}%</li>", group.color, group.name,
+                           all > 0 ? 100 * sum / all : 0);
+    }
+    html_ += "</ul>";
+  }
+
+  // Bars over a logarithmic axis: a tail is visible beside the bulk.
+  void histogram() {
+    constexpr size_t kBars = 60;
+    double low = 1e300, high = 0;
+    for (const Token* token : decoded_) low = std::min(low, token->total()), high = std::max(high, token->total());
+    if (!(low > 0) || !(high > low * 1.0001)) return;
+    std::array<double, kBars> bars{};
+    const double range = std::log(high / low);
+    for (const Token* token : decoded_) {
+      ++bars[std::min(kBars - 1, static_cast<size_t>(std::log(token->total() / low) / range * kBars))];
+    }
+    const double top = std::log1p(*std::max_element(bars.begin(), bars.end())) * 1.05;
+    Figure figure("Histogram of latencies, both axes logarithmic", 200);
+    for (size_t i = 0; i < kBars; ++i) {
+      const double height = figure.height() * std::log1p(bars[i]) / top;
+      figure.rectangle("class=\"bar\"", Figure::x(static_cast<double>(i) / kBars), figure.y(0) - height,
+                       kPlotWidth / kBars - 1, height, fmt::format("{:.0f} tokens", bars[i]));
+    }
+    for (const double share : {0.0, 0.25, 0.5, 0.75, 1.0}) {
+      figure.text(Figure::x(share), 200 - 34,
+                  share == 0   ? "start"
+                  : share == 1 ? "end"
+                               : "middle",
+                  format_seconds(low * std::exp(range * share)));
+    }
+    html_ += "<h2>How latencies are spread</h2>" + figure.take() + "<p class=\"dim\">Both axes are logarithmic.</p>";
+  }
+
+  // Each train folded over its period on its clock: a train is a column of dots, drift a slope.
+  void periods() {
+    for (const json& train : report_["trains"]) {
+      const double period = train["period"].get<double>(), phase = train["phase"].get<double>();
+      Figure figure("Spikes folded over their period", 200);
+      figure.add(fmt::format(R"(<rect class="axis" fill="none" x="{}" y="{}" width="{}" height="{}"/>)", kLeft, kTop,
+                             kPlotWidth, figure.height()));
+      const double cycles = std::max(1.0, train["places"].get<double>());
+      double read = 0;
+      std::vector<double> at;
+      for (size_t i = 0; i < decoded_.size(); ++i) {
+        at.push_back(train["clock"] == "token"  ? static_cast<double>(i)
+                     : train["clock"] == "time" ? decoded_[i]->begin
+                                                : read);
+        read += (*decoded_[i])[Counter::stream_bytes];
+      }
+      for (const json& index : report_["spikes"]) {
+        const double place = (at[index.get<size_t>()] - phase) / period + 0.5;
+        const double row = std::floor(place) - std::floor((at.front() - phase) / period + 0.5);
+        figure.add(fmt::format(R"(<circle class="spike" cx="{:.1f}" cy="{:.1f}" r="3"/>)",
+                               Figure::x(place - std::floor(place)),
+                               figure.y(1 - std::clamp((row + 0.5) / (cycles + 1), 0.0, 1.0))));
+      }
+      figure.text(Figure::x(0), 200 - 34, "start", "half a period before");
+      figure.text(Figure::x(1), 200 - 34, "end", "half after");
+      html_ += fmt::format(
+          "<h2>Spikes every {}</h2>{}<p class=\"dim\">One line a period, the {} clock from side to side: a column is a "
+          "train, and what lies beside it came by itself.</p>",
+          period_text(train), figure.take(), train["clock"].get<std::string>());
+    }
+  }
+
+  void tiers() {
+    const json& run = report_["run"];
+    if (!run.is_object() || !run.contains("tiers") || !run["tiers"].is_array() || run["tiers"].empty()) return;
+    const json& layers = run["tiers"];
+    const auto bytes = [](const json& layer, const char* tier) {
+      return layer.is_object() && layer.contains(tier) && layer[tier].is_number() ? layer[tier].get<double>() : 0.0;
+    };
+    constexpr std::array<std::pair<const char*, const char*>, 4> kTiers = {
+        {{"device", "--s3"}, {"host", "--s1"}, {"disk", "--s0"}, {"rows", "--s6"}}};
+    double top = 0;
+    for (const json& layer : layers) {
+      double sum = 0;
+      for (const auto& [tier, color] : kTiers) sum += bytes(layer, tier);
+      top = std::max(top, sum);
+    }
+    if (!(top > 0)) return;
+    Figure figure("Tiers of each layer", 200);
+    const double width = kPlotWidth / static_cast<double>(layers.size());
+    for (size_t i = 0; i < layers.size(); ++i) {
+      double below = 0;
+      for (const auto& [tier, color] : kTiers) {
+        const double height = figure.height() * bytes(layers[i], tier) / top;
+        figure.rectangle(
+            fmt::format("style=\"fill:var({})\"", color).c_str(), Figure::x(0) + width * static_cast<double>(i),
+            figure.y(0) - below - height, width * 0.9, height,
+            fmt::format("{}: {}", tier,
+                        format_bytes(static_cast<uint64_t>(std::clamp(bytes(layers[i], tier), 0.0, 1e18)))));
+        below += height;
+      }
+    }
+    figure.text(Figure::x(0), 200 - 34, "start", "embedding, layers, head");
+    figure.text(kLeft - 6, kTop + 12, "end", format_bytes(static_cast<uint64_t>(std::clamp(top, 0.0, 1e18))));
+    html_ += "<h2>Where the weights are</h2>" + figure.take() + "<ul class=\"key\">";
+    for (const auto& [tier, color] : kTiers)
+      html_ += fmt::format("<li><span style=\"background:var({})\"></span>{}</li>", color, tier);
+    html_ += "</ul>";
+  }
+
+  void configuration() {
+    const json& run = report_["run"];
+    if (!run.is_object()) return;
+    html_ += "<h2>The run</h2><div class=\"scroll\"><table>";
+    rows(run, "");
+    html_ += "</table></div>";
+  }
+
+  void rows(const json& object, const std::string& prefix) {
+    for (const auto& [name, value] : object.items()) {
+      if (name == "tiers") continue;
+      if (value.is_object() && prefix.empty()) {
+        rows(value, name + " ");
+        continue;
+      }
+      std::string text =
+          value.is_string() ? value.get<std::string>() : value.dump(-1, ' ', false, json::error_handler_t::replace);
+      if (prefix == "bytes " && value.is_number_unsigned()) text = format_bytes(value.get<uint64_t>());
+      html_ += fmt::format("<tr><td>{}</td><td>{}</td></tr>", escaped(prefix + name), escaped(text));
+    }
+  }
+
+  const json& report_;
+  std::vector<const Token*> decoded_;
+  std::string html_;
+};
+
+}  // namespace
+
+std::string html_report(const json& report, const Tokens& tokens) { return Page(report, tokens).page(); }
+
+}  // namespace sluice::trace

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trace/injection.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <ctime>
+#include <cstdio>
+#include <fstream>
+#include <optional>
+
+#include <fmt/format.h>
+
+#include "base/handles.hpp"
+
+namespace sluice::trace {
+namespace {
+
+constexpr std::array<const char*, static_cast<size_t>(Fault::count)> kFaultNames = {
+    "read", "copy", "compute", "sampling", "callback", "preempt", "alloc", "compete", "evict"};
+constexpr size_t kCompetingRead = 1 << 20;
+
+std::string list_of_faults() {
+  std::string text;
+  for (const char* name : kFaultNames) text += (text.empty() ? "" : ", ") + std::string(name);
+  return text;
+}
+
+std::optional<double> number(std::string_view text) {
+  double value = 0;
+  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (parsed.ec != std::errc{} || parsed.ptr != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+// Seconds that this thread has computed: a fault of so much work takes longer where something else runs on the core.
+double thread_seconds() {
+  timespec time = {};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
+}
+
+void spin(double seconds) {
+  for (const double until = thread_seconds() + seconds; thread_seconds() < until;) {
+  }
+}
+
+}  // namespace
+
+const char* name_of(Fault fault) { return kFaultNames[static_cast<size_t>(fault)]; }
+
+Result<Injection> parse_injection(std::string_view text) {
+  const auto refuse = [&](const std::string& what) {
+    return fail(ErrorCode::usage,
+                fmt::format("--inject {}: {}; write it as read:period=16,ms=30,jitter=0.03,clock=token", text, what));
+  };
+  Injection injection;
+  const size_t colon = std::min(text.find(':'), text.size());
+  const std::string_view kind = text.substr(0, colon);
+  const auto* found = std::find(kFaultNames.begin(), kFaultNames.end(), kind);
+  if (found == kFaultNames.end()) return refuse(fmt::format("there is no fault \"{}\" ({})", kind, list_of_faults()));
+  injection.fault = static_cast<Fault>(found - kFaultNames.begin());
+  std::string_view rest = colon < text.size() ? text.substr(colon + 1) : std::string_view();
+  while (!rest.empty()) {
+    const std::string_view setting = rest.substr(0, std::min(rest.find(','), rest.size()));
+    rest.remove_prefix(std::min(rest.size(), setting.size() + 1));
+    const size_t equals = std::min(setting.find('='), setting.size());
+    const std::string_view name = setting.substr(0, equals),
+                           value = setting.substr(std::min(setting.size(), equals + 1));
+    const std::optional<double> amount = number(value);
+    if (name == "clock" && value == "token") injection.clock = InjectionClock::token;
+    else if (name == "clock" && value == "time") injection.clock = InjectionClock::time;
+    else if (name == "clock" && value == "bytes") injection.clock = InjectionClock::bytes;
+    else if (name == "period" && amount && *amount > 0) injection.period = *amount;
+    else if (name == "ms" && amount && *amount > 0 && *amount <= 60000) injection.ms = *amount;
+    else if (name == "jitter" && amount && *amount >= 0 && *amount < 0.5) injection.jitter = *amount;
+    else return refuse(fmt::format("\"{}\" is not understood", setting));
+  }
+  return injection;
+}
+
+Injector::Injector(std::vector<Injection> injections, const std::string& weights, Track& track)
+    : weights_(weights), track_(track), started_ns_(steady_ns()) {
+  for (Injection& injection : injections) {
+    Due due{.injection = injection,
+            .next = injection.period,
+            .place = injection.period,
+            .random = std::mt19937_64(due_.size() + 1)};
+    due_.push_back(std::move(due));
+  }
+}
+
+Injector::~Injector() {
+  stopping_ = true;
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void Injector::on_token(uint64_t bytes) {
+  ++tokens_;
+  for (Due& due : due_) {
+    double now = static_cast<double>(tokens_);
+    if (due.injection.clock == InjectionClock::time) now = static_cast<double>(steady_ns() - started_ns_) * 1e-6;
+    if (due.injection.clock == InjectionClock::bytes) now = static_cast<double>(bytes) / (1 << 20);
+    if (now < due.place) continue;
+    while (due.place <= now) {
+      due.next += due.injection.period;
+      due.place =
+          due.next + std::normal_distribution<double>(0, 1)(due.random) * due.injection.jitter * due.injection.period;
+      if (due.injection.jitter == 0) continue;
+      due.place = std::max(due.place, due.next - 0.5 * due.injection.period);
+    }
+    begin(due.injection);
+  }
+}
+
+void Injector::begin(const Injection& injection) {
+  const uint64_t at = ticks();
+  const double seconds = injection.ms * 1e-3;
+  switch (injection.fault) {
+    case Fault::read:
+    case Fault::copy:
+    case Fault::compute:
+    case Fault::sampling:
+    case Fault::callback:
+    case Fault::alloc:
+      pending_ns_[static_cast<size_t>(injection.fault)] += static_cast<uint64_t>(seconds * 1e9);
+      break;
+    case Fault::preempt:
+      for (unsigned i = 0; i < 3 * std::max(1u, std::thread::hardware_concurrency()); ++i)
+        start_thread(seconds, &Injector::burn);
+      break;
+    case Fault::compete:
+      for (int i = 0; i < 4; ++i) start_thread(seconds, &Injector::compete);
+      break;
+    case Fault::evict: evict(); break;
+    case Fault::count: break;
+  }
+  track_.record(Kind::injected, at, ticks(), static_cast<uint16_t>(injection.fault), 0,
+                static_cast<uint64_t>(injection.ms * 1e6));
+}
+
+void Injector::take(Fault fault) {
+  std::atomic<uint64_t>& pending = pending_ns_[static_cast<size_t>(fault)];
+  if (pending.load(std::memory_order_relaxed) == 0) return;
+  const uint64_t ns = pending.exchange(0);
+  if (fault == Fault::compute) spin(static_cast<double>(ns) * 1e-9);
+  else if (fault == Fault::alloc) touch_memory(static_cast<double>(ns) * 1e-9);
+  else std::this_thread::sleep_for(std::chrono::nanoseconds(ns));
+}
+
+void Injector::start_thread(double seconds, void (Injector::*work)(uint64_t until_ns)) {
+  const uint64_t until = steady_ns() + static_cast<uint64_t>(seconds * 1e9);
+  constexpr size_t kMostThreads = 256;
+  if (threads_.size() >= kMostThreads) {   // the oldest has ended long ago, unless faults lie on top of each other
+    threads_.front().join();
+    threads_.erase(threads_.begin());
+  }
+  threads_.emplace_back([this, work, until] { (this->*work)(until); });
+}
+
+void Injector::burn(uint64_t until_ns) {
+  while (!stopping_ && steady_ns() < until_ns) {
+  }
+}
+
+// Reads of a megabyte all over the container, around the page cache.
+void Injector::compete(uint64_t until_ns) {
+  Result<UniqueFd> file = open_file(weights_, O_RDONLY | O_DIRECT);
+  Result<Mapping> buffer = Mapping::anonymous(kCompetingRead, "competing reads");
+  if (!file || !buffer) return;
+  const off_t size = ::lseek(file->get(), 0, SEEK_END);
+  std::mt19937_64 random(until_ns);
+  while (!stopping_ && steady_ns() < until_ns) {
+    const auto offset = static_cast<off_t>(random() % static_cast<uint64_t>(std::max<off_t>(1, size / 4096)) * 4096);
+    if (::pread(file->get(), buffer->data(), kCompetingRead, offset) < 0) return;
+  }
+}
+
+void Injector::touch_memory(double seconds) {
+  constexpr uint64_t kPiece = 4 << 20;
+  for (const double until = thread_seconds() + seconds; thread_seconds() < until;) {
+    void* memory = ::mmap(nullptr, kPiece, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return;
+    ::madvise(memory, kPiece, MADV_NOHUGEPAGE);
+    for (uint64_t at = 0; at < kPiece; at += 4096) static_cast<volatile char*>(memory)[at] = 1;
+    ::munmap(memory, kPiece);
+  }
+}
+
+// Every mapping of the container in this process, out of its page tables, then out of the page cache.
+void Injector::evict() {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long begin = 0, end = 0;
+    if (line.find(weights_) == std::string::npos || std::sscanf(line.c_str(), "%lx-%lx", &begin, &end) != 2) continue;
+    ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  }
+  Result<UniqueFd> file = open_file(weights_, O_RDONLY);
+  if (file) (void)::posix_fadvise(file->get(), 0, 0, POSIX_FADV_DONTNEED);
+}
+
+}  // namespace sluice::trace

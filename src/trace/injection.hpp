@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Faults made on purpose, to see whether the analysis finds them: they act on the mechanism, never on the records.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "sluice/result.hpp"
+#include "trace/recorder.hpp"
+
+namespace sluice::trace {
+
+enum class Fault : uint8_t {
+  read,       // a completed read is taken late
+  copy,       // a copy out of the host tier starts late
+  compute,    // an operation computes for longer
+  sampling,   // the sampler sleeps: a cause that the analysis has no rule for
+  callback,   // the consumer sleeps
+  preempt,    // other threads take the cores
+  alloc,      // the decoding thread touches fresh memory
+  compete,    // another thread reads the container from the drive
+  evict,      // the mapped weights (--io mmap) are dropped from memory
+  count,
+};
+const char* name_of(Fault fault);
+
+enum class InjectionClock : uint8_t { token, time, bytes };
+
+// "read:period=16,ms=30,jitter=0.03,clock=token".
+struct Injection {
+  Fault fault = Fault::read;
+  double period = 16;                // tokens; milliseconds; MiB that were read for streaming
+  double ms = 30;                    // how long it lasts
+  double jitter = 0;                 // standard deviation of a place, as a share of the period
+  InjectionClock clock = InjectionClock::token;
+};
+// Error: usage, naming what is not understood and what there is.
+Result<Injection> parse_injection(std::string_view text);
+
+class Injector {
+ public:
+  // `weights`: the container. `track`: where each fault leaves a mark, for the report to show.
+  Injector(std::vector<Injection> injections, const std::string& weights, Track& track);
+  ~Injector();
+  Injector(const Injector&) = delete;
+  Injector& operator=(const Injector&) = delete;
+
+  // Between two tokens, by the decoding thread: `bytes` read for streaming so far. What is due begins, here or in
+  // a thread, or waits for its place (take).
+  void on_token(uint64_t bytes);
+  // At a fault's place: does what is due there. Any thread.
+  void take(Fault fault);
+
+ private:
+  struct Due {
+    Injection injection;
+    double next = 0, place = 0;      // on its clock
+    std::mt19937_64 random;
+  };
+
+  void begin(const Injection& injection);
+  void start_thread(double seconds, void (Injector::*work)(uint64_t until_ns));
+  void compete(uint64_t until_ns);
+  void burn(uint64_t until_ns);
+  void touch_memory(double seconds);
+  void evict();
+
+  std::vector<Due> due_;
+  std::string weights_;
+  Track& track_;
+  const uint64_t started_ns_;
+  uint64_t tokens_ = 0;
+  std::array<std::atomic<uint64_t>, static_cast<size_t>(Fault::count)> pending_ns_{};
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace sluice::trace
