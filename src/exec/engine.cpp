@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/check.hpp"
+#include "trace/injection.hpp"
 
 namespace sluice::exec {
 
@@ -42,9 +43,11 @@ Status check_permutations(const storage::Container& container, const backend::Ba
   if (backend.gathers_inputs()) return {};
   for (const storage::Tensor& tensor : container.manifest().tensors) {
     if (tensor.plane(storage::PlaneKind::perm) == nullptr) continue;
-    return fail(ErrorCode::unsupported,
-                fmt::format("{}: tensor {} has its columns in act-order, which the {} backend does not compute; run it with "
-                            "--backend cpu", container.path(), tensor.name, backend.name()));
+    return fail(
+        ErrorCode::unsupported,
+        fmt::format("{}: tensor {} has its columns in act-order, which the {} backend does not compute; run it with "
+                    "--backend cpu",
+                    container.path(), tensor.name, backend.name()));
   }
   return {};
 }
@@ -100,7 +103,9 @@ Result<std::unique_ptr<Engine>> Engine::open(storage::Container container, plan:
                                                 .log = {}}));   // the weights' queue says the same lines
   self->embedding_ = std::make_unique<Embedding>(std::move(embedding));
   self->embeddings_.resize(size_t{self->shape_.max_rows} * self->shape_.hidden);
-  SLUICE_TRY_ASSIGN(weights, Weights::open(self->container_, self->plan_, *self->backend_, options));
+  Weights::Options recorded = options;
+  recorded.recorder = &self->recorder_;
+  SLUICE_TRY_ASSIGN(weights, Weights::open(self->container_, self->plan_, *self->backend_, recorded));
   self->weights_ = std::move(weights);
   SLUICE_TRY_ASSIGN(program, build_program(self->container_, self->plan_,
                                            [&](uint32_t tensor) { return self->weights_->address(tensor); }));
@@ -168,6 +173,10 @@ void Engine::add_times(StageTimes spent, bool wants_logits, StageTimes& times) c
 Status Engine::run_step(const Step& step, bool wants_logits, trace::Chain& chain, StageTimes& spent) {
   const bool runs = wants_logits || !step.for_logits;
   if (step.stream_item >= 0) SLUICE_TRY(acquire(step, chain, spent));
+  if (step.stage == Stage::matmul && recorder_.injector() != nullptr) {
+    recorder_.injector()->take(trace::Fault::compute);
+    recorder_.injector()->take(trace::Fault::alloc);
+  }
   if (runs) SLUICE_TRY(backend_->run(step.op));
   if (step.stream_item >= 0) weights_->prefetcher()->release(static_cast<uint32_t>(step.stream_item));
   spent[step.stage] += chain.span(kind_of(step.stage), layer_of(step));
@@ -190,9 +199,11 @@ Status Engine::check_logits(std::span<const backend::Row> rows, std::span<const 
   for (const backend::Row& row : rows) {
     if (!row.wants_logits) continue;
     if (!all_finite(logits.subspan(at, shape_.vocab))) {
-      return fail(ErrorCode::numeric,
-                  fmt::format("{}: the logits of position {} are not finite; check the file with `sluice verify`, or the "
-                              "checkpoint that it was imported from", container_.path(), row.position));
+      return fail(
+          ErrorCode::numeric,
+          fmt::format("{}: the logits of position {} are not finite; check the file with `sluice verify`, or the "
+                      "checkpoint that it was imported from",
+                      container_.path(), row.position));
     }
     at += shape_.vocab;
   }

@@ -33,9 +33,10 @@ class Engine {
 
   // One pass. rows[i] is token ids[i]; at most shape().max_rows rows, of which at most max_logit_rows want logits.
   // `logits`: FP32 [rows that want logits][vocab], exact. Adds to `times`. Any thread; passes take turns.
-  // Errors: usage (an id outside the vocabulary), io, corrupt, numeric (a logit that is not finite: the row's position),
-  // device. After an error in the middle of a pass, every later pass fails the same way.
-  Status run(std::span<const backend::Row> rows, std::span<const int32_t> ids, std::span<float> logits, StageTimes& times);
+  // Errors: usage (an id outside the vocabulary), io, corrupt, numeric (a logit that is not finite: the row's
+  // position), device. After an error in the middle of a pass, every later pass fails the same way.
+  Status run(std::span<const backend::Row> rows, std::span<const int32_t> ids, std::span<float> logits,
+             StageTimes& times);
 
   const storage::Container& container() const { return container_; }
   const plan::Plan& plan() const { return plan_; }

@@ -61,6 +61,11 @@ Prefetcher::Prefetcher(const storage::Container& container, const plan::Plan& pl
                        std::unique_ptr<storage::ReadQueue> queue, Options options)
     : container_(container), plan_(plan), backend_(backend), queue_(std::move(queue)), options_(std::move(options)) {
   SLUICE_CHECK(options_.host_weights.size() == plan.stream.size());
+  if (options_.recorder != nullptr && !plan.stream.empty()) {
+    track_ = &options_.recorder->add_track("prefetcher");
+    drive_track_ = &options_.recorder->add_track("drive");
+    ns_per_tick_ = options_.recorder->ns_per_tick();
+  }
   for (uint32_t item = 0; item < plan.stream.size(); ++item) {
     if (plan.stream[item].tier != plan::Tier::disk) continue;
     std::vector<BlockRead> reads = reads_of(container.manifest().tensors[plan.stream[item].tensor]);
@@ -97,8 +102,12 @@ void Prefetcher::run() {
       return;
     }
     if (!idle) continue;
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return stopping_.load() || released_.load() != released; });
+    const uint64_t begin = trace::ticks();
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return stopping_.load() || released_.load() != released; });
+    }
+    record(trace::Kind::ring_wait, begin);
   }
 }
 
@@ -111,7 +120,11 @@ Status Prefetcher::step(bool& idle) {
     if (slots_[reads_copied_ % slots_.size()].landed) return copy_landed_read();
   }
   if (queue_ != nullptr && queue_->in_flight() > 0) {
+    const uint64_t begin = trace::ticks();
     SLUICE_TRY_ASSIGN(done, queue_->wait());
+    inject(trace::Fault::read);
+    record(trace::Kind::stage_wait, begin);
+    record_read(done);
     slots_[done.tag % slots_.size()].landed = true;
     const auto now = std::chrono::steady_clock::now();
     busy_ns_.fetch_add(static_cast<uint64_t>(std::chrono::nanoseconds(now - busy_since_).count()),
@@ -158,7 +171,10 @@ Status Prefetcher::copy_host_item() {
   if (items_copied_ >= item.distance) {
     backend_.copy_waits(freed_events_[(items_copied_ - item.distance) % plan_.stream.size()]);
   }
+  inject(trace::Fault::copy);
+  const uint64_t begin = trace::ticks();
   SLUICE_TRY(backend_.copy_to_device(options_.ring + item.ring_offset, options_.host_weights[index]));
+  record(trace::Kind::bus_copy, begin, static_cast<uint32_t>(options_.host_weights[index].size()), index);
   publish_item();
   return {};
 }
@@ -168,13 +184,17 @@ Status Prefetcher::copy_landed_read() {
   const plan::StreamItem& item = plan_.stream[next.item];
   SLUICE_CHECK(next.item == items_copied_ % plan_.stream.size());
   const std::span<std::byte> data = slot_bytes(reads_copied_).first(next.read.bytes);
+  uint64_t begin = trace::ticks();
   SLUICE_TRY(check_read(container_, container_.manifest().tensors[item.tensor], next.read, data));
 
+  record(trace::Kind::check, begin, next.read.bytes);
+  begin = trace::ticks();
   if (!ring_waited_ && items_copied_ >= item.distance) {
     backend_.copy_waits(freed_events_[(items_copied_ - item.distance) % plan_.stream.size()]);
   }
   ring_waited_ = true;
   SLUICE_TRY(backend_.copy_to_device(options_.ring + (item.ring_offset + next.read.tensor_offset), data));
+  record(trace::Kind::bus_copy, begin, next.read.bytes, next.item);
   Slot& slot = slots_[reads_copied_ % slots_.size()];
   backend_.record_copy(slot.event);
   slot.copied = true;
@@ -197,6 +217,23 @@ void Prefetcher::publish_item() {
 
 std::span<std::byte> Prefetcher::slot_bytes(uint64_t read_number) const {
   return options_.staging.subspan((read_number % slots_.size()) * kBlockBytes, kBlockBytes);
+}
+
+void Prefetcher::record(trace::Kind kind, uint64_t begin, uint32_t bytes, uint64_t value) {
+  if (track_ != nullptr) track_->record(kind, begin, trace::ticks(), trace::Record::kNoLayer, bytes, value);
+}
+
+void Prefetcher::record_read(const storage::ReadDone& done) {
+  if (drive_track_ == nullptr) return;
+  const BlockRead& read = reads_[done.tag % reads_.size()].read;
+  const uint64_t begin = trace::ticks_at(done.submitted_ns, ns_per_tick_);
+  drive_track_->record(trace::Kind::disk_read, begin, std::max(begin, trace::ticks_at(done.completed_ns, ns_per_tick_)),
+                       trace::Record::kNoLayer, read.bytes, read.offset);
+}
+
+void Prefetcher::inject(trace::Fault fault) {
+  if (options_.recorder != nullptr && options_.recorder->injector() != nullptr)
+    options_.recorder->injector()->take(fault);
 }
 
 Status Prefetcher::acquire(uint32_t item, AcquireTimes& times) {

@@ -26,6 +26,8 @@
 #include "sluice/result.hpp"
 #include "storage/container.hpp"
 #include "storage/read_queue.hpp"
+#include "trace/injection.hpp"
+#include "trace/recorder.hpp"
 
 namespace sluice::exec {
 
@@ -61,6 +63,7 @@ class Prefetcher {
     backend::DeviceAddress ring;                          // plan.ring_bytes
     std::vector<std::span<const std::byte>> host_weights; // by stream item; empty for the disk tier
     std::span<std::byte> staging;                         // at least one kBlockBytes slot, if there is a disk tier
+    trace::Recorder* recorder = nullptr;                  // null: nothing is recorded
   };
 
   // `queue` reads the container's file and is used by this object's thread alone from now on; null without a disk tier.
@@ -71,8 +74,8 @@ class Prefetcher {
   ~Prefetcher();
 
   // Executor's thread. Items are acquired and released in order, item 0 following the last. `acquire` returns when the
-  // compute queue may be told to use the item (it waits for the copy by event). Errors are those of the reads: items that
-  // landed before one are still handed out, every later call returns it.
+  // compute queue may be told to use the item (it waits for the copy by event). Errors are those of the reads: items
+  // that landed before one are still handed out, every later call returns it.
   Status acquire(uint32_t item, AcquireTimes& times);
   // After the last operation that uses the item was submitted.
   void release(uint32_t item);
@@ -106,6 +109,10 @@ class Prefetcher {
   bool ring_is_free() const;            // for the item at the copy cursor
   void publish_item();
   std::span<std::byte> slot_bytes(uint64_t read_number) const;
+  // Of this object's thread, since `begin`; and of a read, from its submission to its completion.
+  void record(trace::Kind kind, uint64_t begin, uint32_t bytes = 0, uint64_t value = 0);
+  void record_read(const storage::ReadDone& done);
+  void inject(trace::Fault fault);
 
   const storage::Container& container_;
   const plan::Plan& plan_;
@@ -114,6 +121,9 @@ class Prefetcher {
   uint64_t bytes_before_ = 0;           // what the queue had read when this object got it
   uint64_t retries_before_ = 0;
   Options options_;
+  trace::Track* track_ = nullptr;       // null: nothing is recorded
+  trace::Track* drive_track_ = nullptr; // reads, which overlap
+  double ns_per_tick_ = 1;
   std::vector<PassRead> reads_;         // of one pass
   std::vector<Slot> slots_;
   std::vector<backend::EventId> landed_events_, freed_events_;   // by stream item

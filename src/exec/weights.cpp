@@ -65,6 +65,7 @@ Result<std::unique_ptr<Weights>> Weights::open(const storage::Container& contain
     Prefetcher::Options prefetch{.ring = self->ring_, .host_weights = self->host_weights_, .staging = {}};
     if (streams_disk) prefetch.staging = self->staging_.bytes();
     else queue.reset();
+    prefetch.recorder = options.recorder;
     SLUICE_TRY_ASSIGN(prefetcher, Prefetcher::start(container, plan, backend, std::move(queue), std::move(prefetch)));
     self->prefetcher_ = std::move(prefetcher);
   }

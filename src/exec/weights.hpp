@@ -31,6 +31,7 @@ class Weights {
     storage::IoMode io = storage::IoMode::automatic;
     bool verify_mapping = true;                 // mmap: compare the checksums of what is computed out of the mapping
     const storage::FaultPlan* faults = nullptr; // tests only
+    trace::Recorder* recorder = nullptr;        // of the prefetcher's spans
     LogHook log;
     // Bytes of resident and host weights (and of a mapping that is verified), done and in all.
     std::function<void(uint64_t done, uint64_t total)> progress;
