@@ -83,9 +83,13 @@ std::string spikes_text(const json& report) {
     text += fmt::format("\n{} spikes without a period, {:.1f}% of the time: {}", loose["count"].get<uint64_t>(),
                         100 * loose["share_of_time"].get<double>(), causes);
   }
-  for (const json& step : report["steps"]) {
+  const json& steps = report["steps"];
+  for (const json& step : steps["largest"]) {
     text += fmt::format("\nstep at token {}: {} before, {} after", step["token"].get<uint64_t>(),
                         seconds_of(step["before"]), seconds_of(step["after"]));
+  }
+  if (const auto count = steps["count"].get<uint64_t>(); count > steps["largest"].size()) {
+    text += fmt::format("\n... and {} smaller steps", count - steps["largest"].size());
   }
   if (!report["injected"].empty()) text += "\nfaults were injected: " + report["injected"].dump();
   return text;

@@ -66,13 +66,16 @@ Attribution::Attribution(std::span<const Token* const> tokens) : tokens_(tokens)
     usual_counts_[c] = usual([&](const Token& t) { return t.counters[c]; });
   usual_total_ = usual([](const Token& t) { return t.total(); });
   // By sums, not by token: the kernel adds to its totals when a task begins or ends to wait, in lumps.
-  double waited = 0, time = 0;
+  double waited = 0, time = 0, delay = 0, work = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
     if (tokens[i]->total() > 2 * usual_total_[i]) continue;
     waited += (*tokens[i])[Counter::psi_cpu_us] * 1e-6;
     time += tokens[i]->total();
+    delay += (*tokens[i])[Counter::run_delay_ns];
+    work += (*tokens[i])[Counter::thread_cpu_ns];
   }
   cpu_pressure_ = time > 0 ? std::min(1.0, waited / time) : 0;
+  delay_per_work_ = work > 0 ? delay / work : 0;
 }
 
 // What the members have beyond the usual.
@@ -126,7 +129,9 @@ Finding Attribution::explain(std::span<const size_t> members) const {
     return finding;
   };
 
-  const double delayed = sums[Counter::run_delay_ns] * 1e-9 / sums.total;
+  // Of the excess: what the thread computed, and what it was held up for beyond what so much work usually is.
+  const double ran = sums[Counter::thread_cpu_ns] * 1e-9 / sums.total;
+  const double delayed = sums[Counter::run_delay_ns] * 1e-9 / sums.total - delay_per_work_ * std::max(0.0, ran);
   const double callback = sums.share({Part::callback});
   if (callback >= kMostOfIt && delayed < kHalfOfIt)
     return name(Cause::consumer, percent(callback) + " of the excess is the callback");
@@ -141,8 +146,6 @@ Finding Attribution::explain(std::span<const size_t> members) const {
   if (pages >= kLeastPages && pages * sums.members * kFaultSeconds >= kFaultShare * sums.total) {
     return name(Cause::allocation, fmt::format("{:.0f} pages touched for the first time each", pages));
   }
-  // Work that takes longer is also preempted for longer: only what did not run was held up.
-  const double ran = sums[Counter::thread_cpu_ns] * 1e-9 / sums.total;
   if (delayed >= kHalfOfIt && ran < kRanAnyway) {
     return name(Cause::scheduling, percent(delayed) + " of the excess the thread was runnable and did not run");
   }

@@ -63,7 +63,7 @@ const std::array<Group, 8>& groups() {
       {"matmul", "--s3", {Part::matmul, Part::lm_head}},
       {"attention", "--s4", {Part::attention, Part::rope}},
       {"other operations", "--s5", {Part::norm, Part::activation, Part::finish}},
-      {"sampling, text, caller", "--s7", {Part::sampling, Part::detokenize, Part::callback}},
+      {"sampling, text, caller", "--s7", {Part::session, Part::sampling, Part::detokenize, Part::callback}},
       {"tracing and not named", "--s6", {Part::evidence, Part::pass_gap, Part::gap}},
   }};
   return kGroups;
@@ -235,7 +235,11 @@ class Page {
     if (!causes.empty()) causes.back() = '.';
     html_ += fmt::format("<p>{} spikes without a period, {:.1f}% of the time.{}</p>", loose["count"].get<uint64_t>(),
                          100 * loose["share_of_time"].get<double>(), causes);
-    for (const json& step : report_["steps"]) {
+    const json& steps = report_["steps"];
+    if (const auto count = steps["count"].get<uint64_t>(); count > steps["largest"].size()) {
+      html_ += fmt::format("<p>The level changes {} times; the largest:</p>", count);
+    }
+    for (const json& step : steps["largest"]) {
       html_ += fmt::format("<p>The level changes at token {}: {} before, {} after.</p>", step["token"].get<uint64_t>(),
                            seconds_of(step["before"]), seconds_of(step["after"]));
     }

@@ -2,6 +2,7 @@
 #include "trace/report.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <vector>
 
@@ -20,6 +21,7 @@ using nlohmann::json;
 
 // A token counts as accounted for when named parts explain this share of it.
 constexpr double kAccounted = 0.99;
+constexpr size_t kMostSteps = 4;
 
 class Reporter {
  public:
@@ -99,11 +101,20 @@ class Reporter {
             {"context_first", decoded_.front()->context}, {"context_last", decoded_.back()->context}};
   }
 
+  // The largest ones, in order.
   json steps() const {
-    json steps = json::array();
-    for (const Step& step : steps_of(itl_))
-      steps.push_back({{"token", step.index}, {"before", step.before}, {"after", step.after}});
-    return steps;
+    std::vector<Step> found = steps_of(itl_);
+    const auto size = [](const Step& step) { return std::abs(step.after - step.before); };
+    const size_t kept = std::min(kMostSteps, found.size());
+    std::partial_sort(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(kept), found.end(),
+                      [&](const Step& a, const Step& b) { return size(a) > size(b); });
+    std::sort(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(kept),
+              [](const Step& a, const Step& b) { return a.index < b.index; });
+    json largest = json::array();
+    for (const Step& step : std::span(found).first(kept)) {
+      largest.push_back({{"token", step.index}, {"before", step.before}, {"after", step.after}});
+    }
+    return {{"count", found.size()}, {"largest", largest}};
   }
 
   json injected() const {

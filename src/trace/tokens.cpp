@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::array<const char*, kParts> kPartNames = {
     "disk_wait", "copy_wait", "turn_wait", "embed",    "norm",       "matmul",   "rope",     "attention", "activation",
-    "lm_head",   "finish",    "sampling",  "detokenize", "callback", "evidence", "pass_gap", "gap"};
+    "lm_head",   "finish",    "session",   "sampling", "detokenize", "callback", "evidence", "pass_gap",  "gap"};
 
 std::optional<Part> part_of(Kind kind) {
   switch (kind) {
@@ -102,6 +102,7 @@ class Joiner {
         token.session = number;
         token.decoded = token.decoded && !first;
         tokens_.all.push_back(std::exchange(token, Token()));
+        run_begin = run_end = 0;
         first = false;
       } else if (const std::optional<Part> part = part_of(record.kind)) {
         token.seconds[static_cast<size_t>(*part)] += span(record.begin, record.end);
@@ -135,7 +136,9 @@ class Joiner {
     }
     double outside = 0;
     for (const Part part : {Part::sampling, Part::detokenize, Part::callback, Part::evidence}) outside += token[part];
-    token.seconds[static_cast<size_t>(Part::gap)] = std::max(0.0, token.total() - in_passes - outside);
+    const double running = span(run_begin, run_end);
+    token.seconds[static_cast<size_t>(Part::session)] = std::max(0.0, running - in_passes);
+    token.seconds[static_cast<size_t>(Part::gap)] = std::max(0.0, token.total() - running - outside);
   }
 
   // Readings of the machine come ten times a second: each token gets the growth between the readings around its end.

@@ -39,6 +39,8 @@ std::vector<Train> trains_in(const std::vector<double>& itl, const Clocks& clock
   return trains_of(baseline.score, spikes_of(baseline), clocks);
 }
 
+void set(Token& token, Counter counter, double value) { token.counters[static_cast<size_t>(counter)] = value; }
+
 // 200 tokens of 10 ms, all matmul; every 16th has `ms` more of `part`.
 struct Run {
   std::vector<Token> tokens;
@@ -52,6 +54,8 @@ struct Run {
       token.decoded = true;
       token.prompt_tokens = 1;
       token.seconds[static_cast<size_t>(Part::matmul)] = 0.010;
+      set(token, Counter::thread_cpu_ns, 5e6);   // a busy machine: held up as long as it computes
+      set(token, Counter::run_delay_ns, 5e6);
       if (i % 16 == 5) {
         token.seconds[static_cast<size_t>(part)] += ms * 1e-3;
         if (also) also(token);
@@ -65,9 +69,6 @@ struct Run {
   }
   Finding explained() const { return Attribution(borrowed).explain(members); }
 };
-
-void set(Token& token, Counter counter, double value) { token.counters[static_cast<size_t>(counter)] = value; }
-
 }  // namespace
 
 TEST_CASE("percentiles, medians and running medians are those of the sorted values") {
@@ -179,8 +180,8 @@ TEST_CASE("each rule names its cause from the part and the counter that it needs
   CHECK(cause(Part::matmul, [](Token& t) { set(t, Counter::psi_cpu_us, 25e3); }) == Cause::scheduling);
   CHECK(cause(Part::callback, [](Token& t) { set(t, Counter::run_delay_ns, 25e6); }) == Cause::scheduling);
   CHECK(cause(Part::matmul, [](Token& t) {
-    set(t, Counter::run_delay_ns, 16e6);
-    set(t, Counter::thread_cpu_ns, 14e6);
+    set(t, Counter::run_delay_ns, 21e6);
+    set(t, Counter::thread_cpu_ns, 19e6);
   }) == Cause::compute);
   CHECK(cause(Part::attention, [](Token& t) { set(t, Counter::minor_faults, 40000); }) == Cause::allocation);
 }
