@@ -41,6 +41,11 @@ constexpr std::array<Words, static_cast<size_t>(Cause::count)> kCauses = {{
     {"consumer", "whoever takes the tokens was slow"},
 }};
 
+// Read from the drive while the token lasted, but not for streaming by this model.
+double foreign_bytes(const Token& token) {
+  return token[Counter::disk_read_sectors] * 512 - token[Counter::stream_bytes];
+}
+
 }  // namespace
 
 const char* name_of(Cause cause) { return kCauses[static_cast<size_t>(cause)].name; }
@@ -66,16 +71,18 @@ Attribution::Attribution(std::span<const Token* const> tokens) : tokens_(tokens)
     usual_counts_[c] = usual([&](const Token& t) { return t.counters[c]; });
   usual_total_ = usual([](const Token& t) { return t.total(); });
   // By sums, not by token: the kernel adds to its totals when a task begins or ends to wait, in lumps.
-  double waited = 0, time = 0, delay = 0, work = 0;
+  double waited = 0, time = 0, delay = 0, work = 0, foreign = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
     if (tokens[i]->total() > 2 * usual_total_[i]) continue;
     waited += (*tokens[i])[Counter::psi_cpu_us] * 1e-6;
     time += tokens[i]->total();
     delay += (*tokens[i])[Counter::run_delay_ns];
     work += (*tokens[i])[Counter::thread_cpu_ns];
+    foreign += foreign_bytes(*tokens[i]);
   }
   cpu_pressure_ = time > 0 ? std::min(1.0, waited / time) : 0;
   delay_per_work_ = work > 0 ? delay / work : 0;
+  foreign_rate_ = time > 0 ? std::max(0.0, foreign / time) : 0;
 }
 
 // What the members have beyond the usual.
@@ -105,10 +112,7 @@ Attribution::Sums Attribution::sums_of(std::span<const size_t> members) const {
     for (size_t part = 0; part < kParts; ++part) sums.parts[part] += token.seconds[part] - usual_[part][i];
     for (size_t c = 0; c < sums.counts.size(); ++c) sums.counts[c] += token.counters[c] - usual_counts_[c][i];
     sums.pressure += token[Counter::psi_cpu_us] * 1e-6 - cpu_pressure_ * token.total();
-    sums.foreign_bytes += token[Counter::disk_read_sectors] * 512 - token[Counter::stream_bytes];
-    const auto sectors = static_cast<size_t>(Counter::disk_read_sectors),
-               own = static_cast<size_t>(Counter::stream_bytes);
-    sums.foreign_bytes -= usual_counts_[sectors][i] * 512 - usual_counts_[own][i];
+    sums.foreign_bytes += foreign_bytes(token) - foreign_rate_ * token.total();
     if (token.prompt_tokens > 1) ++sums.prompts;
   }
   return sums;

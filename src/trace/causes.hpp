@@ -60,6 +60,7 @@ class Attribution {
   std::array<std::vector<double>, kParts> usual_;   // by part and token
   std::vector<double> usual_total_;
   std::array<std::vector<double>, static_cast<size_t>(Counter::count)> usual_counts_;
+  double foreign_rate_ = 0;     // bytes a second that others read from the drive, on ordinary tokens
   double delay_per_work_ = 0;   // how long the thread is held up for a second of its work, on ordinary tokens
   double cpu_pressure_ = 0;                         // share of ordinary time in which some task waited for a core
 };

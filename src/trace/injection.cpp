@@ -3,6 +3,8 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -162,7 +164,9 @@ void Injector::start_thread(double seconds, void (Injector::*work)(uint64_t unti
   threads_.emplace_back([this, work, until] { (this->*work)(until); });
 }
 
+// Where this user may, ahead of everything: on a busy machine three more tasks a core are not noticed otherwise.
 void Injector::burn(uint64_t until_ns) {
+  (void)::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), -10);
   while (!stopping_ && steady_ns() < until_ns) {
   }
 }
