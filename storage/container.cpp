@@ -156,6 +156,39 @@ Result<Container> Container::open(const std::string& path) {
   return container;
 }
 
+bool Container::has_residuals() const {
+  return std::any_of(manifest_.tensors.begin(), manifest_.tensors.end(),
+                     [](const Tensor& tensor) { return tensor.plane(PlaneKind::residual) != nullptr; });
+}
+
+Status Container::set_precision(Precision precision) {
+  std::vector<Tensor> tensors;
+  for (Tensor& tensor : manifest_.tensors) {
+    const bool has_residual = tensor.plane(PlaneKind::residual) != nullptr;
+    tensors.push_back(std::move(tensor));
+    if (!has_residual) continue;
+    Tensor& base = tensors.back();
+    const size_t first = base.planes.size() - 2;
+    if (base.planes[first].kind != PlaneKind::residual || base.planes[first + 1].kind != PlaneKind::residual_scales ||
+        base.plane(PlaneKind::perm) != nullptr) {
+      return fail(ErrorCode::unsupported,
+                  fmt::format("{}: tensor '{}': a residual must be its last two planes, and not of a matrix in act-order; "
+                              "quantize the model again", path_, base.name));
+    }
+    Tensor residual = base;
+    base.planes.resize(first);
+    if (precision == Precision::int4) continue;
+    residual.name += " (residual)";
+    residual.is_residual = true;
+    residual.planes.erase(residual.planes.begin(), residual.planes.begin() + static_cast<ptrdiff_t>(first));
+    residual.planes[0].kind = PlaneKind::values;
+    residual.planes[1].kind = PlaneKind::scales;
+    tensors.push_back(std::move(residual));
+  }
+  manifest_.tensors = std::move(tensors);
+  return {};
+}
+
 const Tensor* Container::find(Role role, int32_t layer) const {
   for (const Tensor& tensor : manifest_.tensors) {
     if (tensor.role == role && tensor.layer == layer) return &tensor;

@@ -18,6 +18,12 @@ namespace sluice::storage {
 inline constexpr uint32_t kFormatVersion = 1;
 inline constexpr uint64_t kHeaderBytes = 4096;
 
+// What of an INT4 tensor with residual planes is computed with.
+enum class Precision : uint8_t {
+  int4,   // the planes without the residual, whose bytes are never read
+  fine,   // both: value = base + r * s_r
+};
+
 // An open container. Immutable after `open`; any thread may read it.
 class Container {
  public:
@@ -33,7 +39,14 @@ class Container {
   const std::string& uuid() const { return uuid_; }   // 36 characters
   int fd() const { return fd_.get(); }                // buffered, read-only
 
-  // The tensor of that role and layer, or nullptr.
+  // Whether any tensor has residual planes.
+  bool has_residuals() const;
+  // Once, before anything is planned: leaves the residual planes out of the manifest, or makes them tensors of their own
+  // behind their base (int4, `values` and `scales`), so that each has a tier. Error: unsupported (a residual that is not
+  // the tensor's last two planes, or one of a matrix in act-order).
+  Status set_precision(Precision precision);
+
+  // The tensor of that role and layer (of two, the base), or nullptr.
   const Tensor* find(Role role, int32_t layer = -1) const;
 
   // Reads every plane and compares every checksum, padding included (it must be zero). `progress` gets bytes done and

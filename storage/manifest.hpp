@@ -70,6 +70,7 @@ struct Tensor {
   uint32_t group_elems = 0;           // 32, 64 or 128 for int4 and int8, else 0
   int32_t scale_exponent = 0;         // every value is multiplied by 2^this
   std::vector<Plane> planes;          // contiguous in the file, in this order, values first
+  bool is_residual = false;           // in memory only: the residual of the tensor before it (Container::set_precision)
 
   const Plane* plane(PlaneKind kind) const;
   bool is_vector() const { return rows == 1 && layout == Layout::rows && scheme == Scheme::f32; }

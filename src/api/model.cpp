@@ -147,6 +147,7 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
   state->info = info_of(*engine, opening.context);
   state->info.backend = backend_name;
   state->info.device = device_name;
+  state->info.has_residuals = opening.has_residuals;
   state->info.has_tokenizer = state->tokenizer.has_value();
   state->info.has_chat_template = state->chat_template.has_value();
   state->slot_taken.assign(opening.shape.sessions, false);

@@ -87,6 +87,12 @@ Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& optio
 Result<Opening> open_and_plan(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths) {
   if (options.sessions == 0) return fail(ErrorCode::usage, "a model needs room for at least one session");
   SLUICE_TRY_ASSIGN(container, storage::Container::open(path));
+  const bool has_residuals = container.has_residuals();
+  if (options.precision == Precision::fine && !has_residuals) {
+    log_info(options.log, fmt::format("{}: has no residual planes, so precision fine is that of the file", path));
+  }
+  SLUICE_TRY(container.set_precision(options.precision == Precision::fine ? storage::Precision::fine
+                                                                          : storage::Precision::int4));
   SLUICE_TRY_ASSIGN(backend, make_backend(options));
   SLUICE_TRY_ASSIGN(context, choose_context(container, options));
 
@@ -133,7 +139,8 @@ Result<Opening> open_and_plan(const std::string& path, const ModelOptions& optio
     return fail(std::move(plan.error()));
   }
   return Opening{.container = std::move(container), .backend = std::move(backend), .shape = shape,
-                 .plan = std::move(*plan), .context = context, .device_budget_bytes = inputs.device_budget_bytes};
+                 .plan = std::move(*plan), .context = context, .device_budget_bytes = inputs.device_budget_bytes,
+                 .has_residuals = has_residuals};
 }
 
 }  // namespace sluice::api

@@ -18,6 +18,7 @@ Result<QuantizeReport> quantize_model(const QuantizeOptions& options) {
   inner.windows = options.windows;
   inner.window = options.window;
   inner.damp = options.damp;
+  inner.residual = options.residual;
   inner.restart = options.restart;
   inner.threads = options.threads != 0 ? options.threads : backend::cpu::physical_cores();
   inner.make_backend = [&options] {

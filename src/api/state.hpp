@@ -95,6 +95,7 @@ struct Opening {
   plan::Plan plan;
   uint32_t context = 0;                 // positions of a session; the shape's is rounded up to KV blocks
   uint64_t device_budget_bytes = 0;
+  bool has_residuals = false;
 };
 // The backend that the options name. Errors: usage, not_found, device.
 Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& options);

@@ -28,11 +28,11 @@ constexpr uint32_t kMostRows = 512;  // of a pass: as in a prefill
 }  // namespace
 
 std::vector<std::pair<PlaneKind, const std::vector<std::byte>*>> planes_of(const quant::Planes& planes) {
-  const std::pair<PlaneKind, const std::vector<std::byte>*> all[] = {{PlaneKind::values, &planes.values},
-                                                                     {PlaneKind::scales, &planes.scales},
-                                                                     {PlaneKind::zeros, &planes.zeros},
-                                                                     {PlaneKind::bias, &planes.bias},
-                                                                     {PlaneKind::row_sums, &planes.row_sums}};
+  const std::pair<PlaneKind, const std::vector<std::byte>*> all[] = {
+      {PlaneKind::values, &planes.values},     {PlaneKind::scales, &planes.scales},
+      {PlaneKind::zeros, &planes.zeros},       {PlaneKind::bias, &planes.bias},
+      {PlaneKind::residual, &planes.residual}, {PlaneKind::residual_scales, &planes.residual_scales},
+      {PlaneKind::row_sums, &planes.row_sums}};
   std::vector<std::pair<PlaneKind, const std::vector<std::byte>*>> present;
   std::copy_if(std::begin(all), std::end(all), std::back_inserter(present),
                [](const auto& plane) { return !plane.second->empty(); });

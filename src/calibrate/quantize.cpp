@@ -35,17 +35,19 @@ constexpr uint64_t kMaxRecipeBytes = 1 * kMiB;
 uint64_t checksum_of_text(std::string_view text) { return storage::checksum(std::as_bytes(std::span(text))); }
 
 // How a matrix that needs no calibration gets into the container.
-import::Target target_of(const SourceTensor& source, const Choice& choice, bool tied){import::Options options;
-options.group_elems = choice.group_elems;
-if (!choice.scheme) options.weights = import::Weights::keep;
-else if (*choice.scheme == Scheme::int8) options.weights = import::Weights::int8;
-else if (*choice.scheme == Scheme::f16) options.weights = import::Weights::f16;
-else if (*choice.scheme == Scheme::bf16) {
-  return {Scheme::bf16, 0,
-          source.type == import::SourceType::bf16 ? import::Conversion::copy : import::Conversion::round, false};
-} else {
-  return {Scheme::int4, choice.group_elems, import::Conversion::round, !import::is_plain(source.type)};
+import::Target target_of(const SourceTensor& source, const Choice& choice, bool tied,
+                         bool residual){using import::Conversion;
+if (choice.scheme == Scheme::int4) {
+  return {Scheme::int4, choice.group_elems, Conversion::round, !import::is_plain(source.type), residual};
 }
+if (choice.scheme == Scheme::bf16) {
+  return {Scheme::bf16, 0, source.type == import::SourceType::bf16 ? Conversion::copy : Conversion::round, false};
+}
+import::Options options;
+options.group_elems = choice.group_elems;
+options.weights = !choice.scheme                   ? import::Weights::keep
+                  : *choice.scheme == Scheme::int8 ? import::Weights::int8
+                                                   : import::Weights::f16;
 return import::choose_target(source, options, tied);
 }  // namespace
 
@@ -136,6 +138,7 @@ class Quantizer {
                 {"recipe", checksum_of_text(recipe)},
                 {"method", options_.method ? static_cast<int>(*options_.method) : -1},
                 {"tokens", storage::checksum(std::as_bytes(std::span(windows.ids)))},
+                {"residual", options_.residual},
                 {"windows", windows.count},
                 {"window", windows.window},
                 {"damp", options_.damp}};
@@ -231,7 +234,8 @@ class Quantizer {
     const import::SourceFile& file = checkpoint_.files[source.file];
     if (source.vector) return import::write_tensor(file, source, {}, options_.threads, writer);
     const Choice& choice = *choices_[index];
-    const import::Target target = target_of(source, choice, checkpoint_.manifest.hyper.tied_embeddings);
+    const import::Target target =
+        target_of(source, choice, checkpoint_.manifest.hyper.tied_embeddings, options_.residual);
     quant::RoundingLoss loss;
     SLUICE_TRY(import::write_tensor(file, source, target, options_.threads, writer, &loss));
     if (choice.scheme)

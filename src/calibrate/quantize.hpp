@@ -29,7 +29,8 @@ struct Options {
   uint32_t windows = 128;
   uint32_t window = 2048;  // tokens
   float damp = 0.01f;
-  bool restart = false;  // throws away what an interrupted run left
+  bool residual = false;  // a second nibble for every int4 matrix
+  bool restart = false;   // throws away what an interrupted run left
   uint32_t threads = 1;
   std::function<Result<std::unique_ptr<backend::Backend>>()> make_backend;  // called once a layer
   LogHook log;

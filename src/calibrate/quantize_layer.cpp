@@ -46,6 +46,8 @@ void append(quant::Planes& to, const quant::Planes& from) {
   add(to.scales, from.scales);
   add(to.zeros, from.zeros);
   add(to.bias, from.bias);
+  add(to.residual, from.residual);
+  add(to.residual_scales, from.residual_scales);
 }
 
 class LayerWork {
@@ -211,10 +213,18 @@ class LayerWork {
         planes,
         encode_rows(member, [&](uint64_t slab, uint32_t rows, std::span<const float> weights) -> Result<quant::Planes> {
           const Tensor part = rows_of(tensor, rows);
-          if (factor != nullptr) return quant::round_by_gptq(part, weights, *factor, choice.symmetric, losses[slab]);
-          quant::Planes simple = quant::round_rows(part, weights);
-          losses[slab] = quant::loss_of(part, weights, simple);
-          return simple;
+          quant::Planes rounded;
+          if (factor != nullptr) {
+            rounded = quant::round_by_gptq(part, weights, *factor, choice.symmetric, losses[slab]);
+          } else {
+            rounded = quant::round_rows(part, weights);
+            losses[slab] = quant::loss_of(part, weights, rounded);
+          }
+          if (context_.options.residual && part.scheme == Scheme::int4) {
+            if (factor != nullptr) quant::add_residual_by_gptq(part, weights, *factor, rounded);
+            else quant::add_residual(part, weights, rounded);
+          }
+          return rounded;
         }));
     encoded.planes = std::move(planes);
     place_planes(encoded);

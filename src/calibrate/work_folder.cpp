@@ -94,6 +94,10 @@ std::vector<std::byte>* plane_of(quant::Planes& planes, PlaneKind kind) {
       return &planes.zeros;
     case PlaneKind::bias:
       return &planes.bias;
+    case PlaneKind::residual:
+      return &planes.residual;
+    case PlaneKind::residual_scales:
+      return &planes.residual_scales;
     default:
       return nullptr;
   }

@@ -105,6 +105,10 @@ void add_model_flags(CLI::App& verb, ModelOptions& options) {
                  {{"auto", Io::automatic}, {"uring", Io::uring}, {"pread", Io::pread}, {"mmap", Io::mmap}},
                  [&options](Io io) { options.io = io; }, "How weights are read from disk (default auto)")
       ->group("Machine");
+  add_choice<Precision>(verb, "--precision", {{"int4", Precision::int4}, {"fine", Precision::fine}},
+                        [&options](Precision precision) { options.precision = precision; },
+                        "INT4 tensors with a residual (quantize --residual): without it or with it (default int4)")
+      ->group("Machine");
   add_choice<Verify>(verb, "--verify", {{"open", Verify::open}, {"off", Verify::off}},
                      [&options](Verify verify) { options.verify = verify; },
                      "Checksums of a mapping (--io mmap) at opening (default open); what is read is always checked")

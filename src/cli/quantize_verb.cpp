@@ -92,6 +92,8 @@ void add_quantize(CLI::App& app, Chosen& chosen) {
   verb->add_option("--backend", options.backend, "Where the layers run for calibration (default: cpu)")
       ->type_name("NAME");
   verb->add_option("--threads", options.threads, "Threads (default: one per core)");
+  verb->add_flag("--residual", options.residual,
+                 "Add a second nibble to every INT4 matrix: run --precision fine reads it, int4 does not");
   verb->add_flag("--restart", options.restart, "Throw away the layers that an interrupted run left in OUTPUT.work");
   verb->add_option("--report", flags->report, "Write the error of every matrix, as JSON")->type_name("FILE.json");
   verb->add_flag("--json", flags->json, "Print that report");

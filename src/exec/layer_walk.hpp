@@ -15,15 +15,15 @@ struct Product {
 };
 inline constexpr storage::Role kNoBias = storage::Role::token_embedding;
 
-// Calls `sink` once for each operation: norm(role of its weight), matmul(input, whether it adds to its output, {products of
-// that input}), rope(), attention(), swiglu().
+// Calls `sink` once for each operation: norm(role of its weight), matmul(input, whether it adds to its output,
+// {products of that input}), rope(), attention(), swiglu().
 template <class Sink>
 void walk_layer(Sink& sink) {
   using backend::Slot;
   using storage::Role;
   sink.norm(Role::attn_norm);
-  sink.matmul(Slot::normed, false, {{Role::q, Slot::q, Role::q_bias}, {Role::k, Slot::k, Role::k_bias},
-                                    {Role::v, Slot::v, Role::v_bias}});
+  sink.matmul(Slot::normed, false,
+              {{Role::q, Slot::q, Role::q_bias}, {Role::k, Slot::k, Role::k_bias}, {Role::v, Slot::v, Role::v_bias}});
   sink.rope();
   sink.attention();
   sink.matmul(Slot::attended, true, {{Role::o, Slot::residual, kNoBias}});

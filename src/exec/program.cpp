@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 
@@ -77,28 +78,49 @@ class Builder {
   }
 
   void matmul(Slot in, bool accumulate, std::initializer_list<Product> products) {
-    bool open = false;  // the last step is a resident matmul of this input that may take more
+    const std::vector<Tensor>& tensors = container_.manifest().tensors;
+    std::vector<Part> parts;
+    bool streams = false;
     for (const Product& product : products) {
       const Tensor* tensor = container_.find(product.matrix, layer_);
       SLUICE_CHECK(tensor != nullptr);  // completeness is checked at open
       const uint32_t index = index_of(tensor);
-      const int32_t item = item_of_[index];
-      if (!open || item >= 0) {
+      parts.push_back({index, product.out, product.bias, false});
+      if (index + 1 < tensors.size() && tensors[index + 1].is_residual) {
+        parts.push_back({index + 1, product.out, kNoBias, true});
+      }
+    }
+    for (const Part& part : parts) streams = streams || item_of_[part.tensor] >= 0;
+    // The stream has its order; without it, all bases share an operation, then all residuals.
+    if (!streams) std::stable_partition(parts.begin(), parts.end(), [](const Part& part) { return !part.residual; });
+
+    const Part* open = nullptr;  // the last step is a resident matmul of this input that may take more of its kind
+    for (const Part& part : parts) {
+      const int32_t item = item_of_[part.tensor];
+      if (open == nullptr || item >= 0 || open->residual != part.residual) {
         Op first = op(OpKind::matmul);
         first.in = in;
-        first.accumulate = accumulate;
+        first.accumulate = accumulate || part.residual;  // onto what the base gave
         steps_.push_back({.op = first, .stage = Stage::matmul, .stream_item = item});
       }
-      open = item < 0;
+      open = item < 0 ? &part : nullptr;
       Op& target = steps_.back().op;
       const int slot = target.weight_count++;
-      target.weights[slot] = weight_at(*tensor, address_of_(index));
-      target.out[slot] = product.out;
-      if (product.bias != kNoBias) set_vector(target, slot, product.bias);
+      target.weights[slot] = weight_at(tensors[part.tensor], address_of_(part.tensor));
+      target.out[slot] = part.out;
+      if (part.bias != kNoBias) set_vector(target, slot, part.bias);
     }
   }
 
  private:
+  // One matrix of a product: itself, or its residual.
+  struct Part {
+    uint32_t tensor = 0;
+    Slot out = Slot::q;
+    Role bias = kNoBias;
+    bool residual = false;
+  };
+
   uint32_t index_of(const Tensor* tensor) const {
     return static_cast<uint32_t>(tensor - container_.manifest().tensors.data());
   }
@@ -139,7 +161,7 @@ backend::Weight weight_at(const Tensor& tensor, DeviceAddress at) {
       case PlaneKind::zeros: weight.zeros = address; weight.has_zeros = true; break;
       case PlaneKind::bias: weight.bias = address; weight.has_bias = true; break;
       case PlaneKind::perm: weight.perm = address; weight.has_perm = true; break;
-      default: break;  // residual planes are not read
+      default: break;  // a residual is a tensor of its own (Container::set_precision)
     }
   }
   return weight;

@@ -118,6 +118,7 @@ struct Job {
   Conversion conversion;
   Tensor tensor;           // as it will be in the container
   uint32_t rows_each;      // of a slab: a multiple of 16
+  bool residual = false;
 
   uint64_t slabs() const { return ceil_div(source.rows, rows_each); }
   uint32_t first_row(uint64_t slab) const { return static_cast<uint32_t>(slab * rows_each); }
@@ -179,6 +180,7 @@ Result<quant::Planes> encode_slab(const Job& job, uint64_t slab, std::span<quant
   SLUICE_TRY_ASSIGN(weights, read_floats(job, slab));
   const Tensor part = job.slab_tensor(slab);
   quant::Planes planes = quant::round_rows(part, weights);
+  if (job.residual) quant::add_residual(part, weights, planes);
   if (!losses.empty()) losses[slab] = quant::loss_of(part, weights, planes);
   return planes;
 }
@@ -281,7 +283,8 @@ Status write_tensor(const SourceFile& file, const SourceTensor& source, const Ta
                     storage::ContainerWriter& writer, quant::RoundingLoss* loss) {
   SLUICE_CHECK(source.cols % block_elems(source.type) == 0);
   if (source.vector) return write_vector(file, source, writer);
-  Job job{file, source, target.conversion, tensor_of(source, target.scheme, target.group_elems), slab_rows(source)};
+  Job job{file, source, target.conversion, tensor_of(source, target.scheme, target.group_elems), slab_rows(source),
+          target.residual};
   if (job.conversion == Conversion::narrowest) {
     SLUICE_TRY_ASSIGN(extent, measure_matrix(file, source, tensor_of(source, Scheme::f16, 0), threads));
     job.tensor = narrowest_tensor(source, extent);

@@ -26,6 +26,7 @@ struct Target {
   uint32_t group_elems = 0;
   Conversion conversion = Conversion::round;
   bool requantized = false;   // quantized values are rounded again: a loss worth a warning
+  bool residual = false;      // int4 by rounding: a second nibble for what it leaves
 };
 
 // What a tensor becomes under these options (docs/import.md has the table). `tied`: lm_head follows the embedding.

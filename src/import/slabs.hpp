@@ -64,6 +64,8 @@ Status write_in_slabs(const storage::Tensor& tensor, uint64_t count, uint32_t th
     append(rest.scales, planes.scales);
     append(rest.zeros, planes.zeros);
     append(rest.bias, planes.bias);
+    append(rest.residual, planes.residual);
+    append(rest.residual_scales, planes.residual_scales);
     append(rest.row_sums, planes.row_sums);
     return writer.append(planes.values);
   }));
@@ -72,6 +74,8 @@ Status write_in_slabs(const storage::Tensor& tensor, uint64_t count, uint32_t th
                                                                      {PlaneKind::zeros, rest.zeros},
                                                                      {PlaneKind::bias, rest.bias},
                                                                      {PlaneKind::perm, std::as_bytes(perm)},
+                                                                     {PlaneKind::residual, rest.residual},
+                                                                     {PlaneKind::residual_scales, rest.residual_scales},
                                                                      {PlaneKind::row_sums, rest.row_sums}};
   for (const auto& [kind, bytes] : others) {
     if (!bytes.empty()) SLUICE_TRY(writer.write_plane(kind, bytes));

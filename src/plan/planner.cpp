@@ -53,6 +53,16 @@ uint64_t take_evenly(const std::vector<uint32_t>& items, uint64_t budget, Size s
   return taken;
 }
 
+// The same for matrices, of which the bases come first: a residual is worth its place only when no base is streamed.
+template <class Take>
+uint64_t take_bases_first(const Manifest& manifest, const std::vector<uint32_t>& items, uint64_t budget, Take take) {
+  const auto size = [&](uint32_t i) { return manifest.tensors[i].padded_bytes(); };
+  std::vector<uint32_t> bases, residuals;
+  for (const uint32_t i : items) (manifest.tensors[i].is_residual ? residuals : bases).push_back(i);
+  const uint64_t taken = take_evenly(bases, budget, size, take);
+  return taken + take_evenly(residuals, budget - taken, size, take);
+}
+
 struct Placement {
   std::vector<bool> resident;   // by tensor
   uint64_t resident_bytes = 0;  // of matrices
@@ -86,8 +96,8 @@ bool place(const Manifest& manifest, const std::vector<uint32_t>& matrices, uint
   const uint64_t second = std::min(spare, largest_streamed);
   out.ring_bytes = rest.empty() ? 0 : std::min(wanted_ring, largest_streamed + second + (spare - second) / 2);
   out.ring_bytes = align_down(out.ring_bytes, storage::kPlaneAlignment);
-  out.resident_bytes = pinned + take_evenly(rest, room - pinned - out.ring_bytes, size,
-                                            [&](uint32_t i) { out.resident[i] = true; });
+  out.resident_bytes = pinned + take_bases_first(manifest, rest, room - pinned - out.ring_bytes,
+                                                 [&](uint32_t i) { out.resident[i] = true; });
   return true;
 }
 
@@ -211,8 +221,7 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
     best.resident_bytes = matrix_bytes;
   } else if (inputs.in_place) {
     best.resident.assign(manifest.tensors.size(), false);
-    best.resident_bytes = take_evenly(matrices, room, [&](uint32_t i) { return manifest.tensors[i].padded_bytes(); },
-                                      [&](uint32_t i) { best.resident[i] = true; });
+    best.resident_bytes = take_bases_first(manifest, matrices, room, [&](uint32_t i) { best.resident[i] = true; });
   } else {
     for (const uint64_t largest : sizes) {
       Placement candidate;
@@ -231,8 +240,8 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
     else streamed.push_back(i);
   }
   const auto size = [&](uint32_t i) { return manifest.tensors[i].padded_bytes(); };
-  plan.host_bytes =
-      take_evenly(streamed, inputs.host_budget_bytes, size, [&](uint32_t i) { plan.tiers[i] = Tier::host; });
+  plan.host_bytes = take_bases_first(manifest, streamed, inputs.host_budget_bytes,
+                                     [&](uint32_t i) { plan.tiers[i] = Tier::host; });
   for (const uint32_t i : streamed) {
     if (plan.tiers[i] == Tier::disk) plan.disk_bytes += size(i);
     if (inputs.in_place) continue;

@@ -73,4 +73,10 @@ class GptqFactor {
 Planes round_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
                      bool symmetric, RoundingLoss& loss);
 
+// Rounds what int4 `planes` leave of `weights` to a second nibble with scales of its own, spreading its errors as
+// above, and adds the residual planes. GPTQ moves weights far from their nearest values where their inputs allow it, so
+// rounding that residual to nearest would lose again what was gained.
+void add_residual_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
+                          Planes& planes);
+
 }  // namespace sluice::quant

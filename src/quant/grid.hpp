@@ -25,7 +25,7 @@ struct Int4Grid {
   float value(uint8_t code) const { return static_cast<float>(static_cast<int32_t>(code) - zero) * scale; }
 };
 
-// The grid that minimizes sum importance[k] * (weight[k] - nearest value)^2 among clipped ranges: 1, 0.97, ... of the
+// The grid that minimizes sum importance[k] * (weight[k] - nearest value)^2 among clipped ranges: 1, 0.95, 0.95^2, ... of the
 // largest magnitude, with the extreme on -8 or on +-7 (symmetric: zero is 8), or of the range from lowest to highest
 // weight, 0 included (asymmetric: zero in 0..15). A group of zeros has scale 0 (symmetric) or a grid that holds 0.
 // `importance`: one per weight, >= 0; the diagonal of the inputs' second moments.

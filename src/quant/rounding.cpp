@@ -11,6 +11,7 @@
 #include "base/check.hpp"
 #include "base/half.hpp"
 #include "base/units.hpp"
+#include "quant/grid.hpp"
 #include "quant/layout.hpp"
 #include "storage/tile.hpp"
 
@@ -260,6 +261,38 @@ void RoundingLoss::merge(const RoundingLoss& other) {
   error_squares += other.error_squares;
   weight_squares += other.weight_squares;
   output_squares += other.output_squares;
+}
+
+RoundingLoss add_residual(const Tensor& tensor, std::span<const float> weights, Planes& planes) {
+  SLUICE_CHECK(tensor.scheme == Scheme::int4);
+  const float unscale = std::ldexp(1.0f, -tensor.scale_exponent);
+  std::vector<float> left = dequantize(tensor, planes.values, planes.scales, planes.zeros, planes.bias);
+  for (size_t i = 0; i < left.size(); ++i) left[i] = (weights[i] - left[i]) * unscale;
+  const uint64_t groups = ceil_div(tensor.cols, tensor.group_elems);
+  const std::vector<float> alike(tensor.group_elems, 1.0f);
+  std::vector<uint8_t> codes(left.size());
+  std::vector<uint16_t> scales(tensor.rows * groups);
+  RoundingLoss loss;
+  for (uint64_t row = 0; row < tensor.rows; ++row) {
+    for (uint64_t group = 0; group < groups; ++group) {
+      const uint64_t at = row * tensor.cols + group * tensor.group_elems;
+      const uint64_t count = std::min<uint64_t>(tensor.group_elems, tensor.cols - group * tensor.group_elems);
+      const auto run = std::span(left).subspan(at, count);
+      const Int4Grid grid = find_int4_grid(run, std::span(alike).first(count), true);
+      scales[row * groups + group] = half_from_float(grid.scale);
+      for (uint64_t i = 0; i < count; ++i) {
+        codes[at + i] = grid.code(run[i]);
+        const double error = static_cast<double>(run[i]) - static_cast<double>(grid.value(codes[at + i]));
+        const double weight = static_cast<double>(weights[at + i]) * static_cast<double>(unscale);
+        loss.error_squares += error * error;
+        loss.weight_squares += weight * weight;
+      }
+    }
+  }
+  Planes second = lay_out_codes(tensor, {.values = codes, .scales = scales, .bias = {}});
+  planes.residual = std::move(second.values);
+  planes.residual_scales = std::move(second.scales);
+  return loss;
 }
 
 RoundingLoss loss_of(const Tensor& tensor, std::span<const float> weights, const Planes& planes) {

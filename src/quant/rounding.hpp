@@ -15,7 +15,7 @@ namespace sluice::quant {
 
 // The planes of one tensor in memory, ready for ContainerWriter. Empty: the tensor has no such plane.
 struct Planes {
-  std::vector<std::byte> values, scales, zeros, bias, row_sums;
+  std::vector<std::byte> values, scales, zeros, bias, residual, residual_scales, row_sums;
 };
 
 // Encodes `weights` (row-major, tensor.rows x tensor.cols) by tensor.scheme, layout and group_elems; sets
@@ -59,6 +59,10 @@ struct RoundingLoss {
   double output_squares = 0;          // GPTQ: its own estimate of the squared error of an output; else 0
   void merge(const RoundingLoss& other);
 };
+
+// Rounds what int4 `planes` leave of `weights` to a second nibble with scales of its own, and adds the residual planes: r
+// lies where q does in `values`, as r + 8. Returns the loss that remains.
+RoundingLoss add_residual(const storage::Tensor& tensor, std::span<const float> weights, Planes& planes);
 
 // Compares planes of round_rows with what they were made of.
 RoundingLoss loss_of(const storage::Tensor& tensor, std::span<const float> weights, const Planes& planes);

@@ -85,6 +85,24 @@ class Quantize(CliTest):
         self.assertIn(b"damaged", done.stderr)
         self.assertFalse(os.path.exists(out))
 
+    def test_one_file_with_residuals_runs_in_both_precisions(self):
+        paths = {}
+        for name, flags in (("plain", []), ("residual", ["--residual"])):
+            paths[name] = os.path.join(sp.SCRATCH, f"precision-{name}.sluice")
+            self.succeeds("quantize", source(), "-o", paths[name], "--method", "rtn", "--recipe",
+                          os.path.join(RECIPES, "int4.toml"), *flags)
+
+        def score(path, *flags):
+            done = self.succeeds("score", path, "--text", "The quick brown fox", *flags)
+            return json.loads(done.stdout)["sum_logprob"], done.stderr
+
+        self.assertEqual(score(paths["residual"])[0], score(paths["plain"])[0])
+        self.assertNotEqual(score(paths["residual"], "--precision", "fine")[0], score(paths["plain"])[0])
+        same, told = score(paths["plain"], "--precision", "fine")
+        self.assertEqual(same, score(paths["plain"])[0])
+        self.assertIn(b"has no residual planes", told)
+        self.succeeds("verify", paths["residual"])
+
     def test_eval_compares_files_with_a_reference(self):
         paths = {}
         for recipe in ("fp16", "int8", "int4"):

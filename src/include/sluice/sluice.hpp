@@ -35,6 +35,8 @@ namespace sluice {
 // straight out of the mapping.
 enum class Io { automatic, uring, pread, mmap };
 enum class Activations { int8, f32 };
+// Of INT4 tensors with a residual (QuantizeOptions::residual): the INT4 alone, whose speed it has, or both.
+enum class Precision { int4, fine };
 enum class Verify { open, off };   // of a mapping; planes that are read are always verified
 
 // Bytes per second; 0: unknown.
@@ -55,6 +57,7 @@ struct ModelOptions {
   uint32_t max_logit_rows = 0;       // rows of a pass that may want logits; 0: 8
   Io io = Io::automatic;
   Verify verify = Verify::open;
+  Precision precision = Precision::int4;
   std::string backend = "auto";      // "cuda", "vulkan", "cpu"; "auto": a GPU that works (CUDA first), else the CPU
   Activations cpu_activations = Activations::int8;
   uint32_t threads = 0;              // of the CPU backend; 0: one per core
@@ -125,6 +128,7 @@ struct ModelInfo {
   uint64_t device_weight_bytes = 0, host_weight_bytes = 0, disk_weight_bytes = 0;
   uint64_t ring_bytes = 0, kv_bytes = 0, scratch_bytes = 0, staging_bytes = 0;
   bool has_tokenizer = false, has_chat_template = false;
+  bool has_residuals = false;        // Precision::fine differs from int4
 };
 
 struct ChatMessage {
@@ -246,6 +250,7 @@ struct QuantizeOptions {
   QuantizeMethod method = QuantizeMethod::recipe;   // of INT4
   uint32_t windows = 128, window = 2048; // of calibration text, in tokens
   float damp = 0.01f;
+  bool residual = false;                 // a second nibble for every INT4 matrix: precision near INT8 in the same file
   bool restart = false;                  // throw away the layers that an interrupted run left in OUTPUT.work
   std::string backend = "auto";
   uint32_t threads = 0;                  // 0: one per core
