@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The push constants of every shader: one declaration for GLSL and C++. Addresses are of device buffers; which type lies
-// there is in buffers.glsl. At most 128 bytes each, what every Vulkan device offers.
+// The push constants of every shader: one declaration for GLSL and C++. Addresses are of device buffers; which type
+// lies there is in buffers.glsl. At most 128 bytes each, what every Vulkan device offers.
 //
-// X, an activation that a matmul reads: FP32 [rows][x_stride], x_stride = columns rounded up to 64, the padding zero. The
-// columns of a block of 16 stand in the order 0 1 8 9  2 3 10 11  4 5 12 13  6 7 14 15, so that the four columns of a
-// weight word that belong to lane t of a tile (storage/tile.hpp) are one vec4: number 4 * (column / 16) + t of the row.
+// X, an activation that a matmul reads: FP32 [rows][x_stride], x_stride = columns rounded up to 64, the padding zero.
+// The columns of a block of 16 stand in the order 0 1 8 9  2 3 10 11  4 5 12 13  6 7 14 15, so that the four columns
+// of a weight word that belong to lane t of a tile (storage/tile.hpp) are one vec4: number 4 * (column / 16) + t of
+// the row.
 //
 // X may have a half form beside it, for devices that multiply FP16 matrices: numbers of X divided by a power of two of
 // their row and 64 columns (1 unless FP16 does not hold them), rows padded to 8:

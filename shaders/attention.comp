@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// softmax(q K^T / sqrt(head_dim)) V of kHeads query heads that share a KV head, over one chunk of their row's past, with
-// the running maximum of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+// softmax(q K^T / sqrt(head_dim)) V of kHeads query heads that share a KV head, over one chunk of their row's past,
+// with the running maximum of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 //
-// Grid: x = kv_heads * calls (calls = heads per KV head / kHeads, rounded up), y = rows, z = chunks. 128 invocations: each
-// takes the score of one position in a step of 128, then a pair of dimensions of V for every kParts-th position.
-// What a row gives depends on its own position and the chunk length alone. Scores and sums are FP32.
-// Shared memory: 8 KiB for q (later for sums), 4 KiB for scores.
+// Grid: x = kv_heads * calls (calls = heads per KV head / kHeads, rounded up), y = rows, z = chunks. 128 invocations:
+// each takes the score of one position in a step of 128, then a pair of dimensions of V for every kParts-th position.
+// What a row gives depends on its own position and the chunk length alone. Scores and sums are FP32. Shared memory: 8
+// KiB for q (later for sums), 4 KiB for scores.
 #version 450
 #include "buffers.glsl"
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Puts the chunks of attention.comp together, in their order. Grid: x = heads, y = rows; 64 invocations over dimensions.
+// Puts the chunks of attention.comp together, in their order. Grid: x = heads, y = rows; 64 invocations over
+// dimensions.
 #version 450
 #include "buffers.glsl"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What addresses point to. Buffers are reached by address alone: no descriptor sets, and no storage buffer range to keep
-// to (128 MiB on lavapipe, less than one matrix of a 70B model).
+// What addresses point to. Buffers are reached by address alone: no descriptor sets, and no storage buffer range to
+// keep to (128 MiB on lavapipe, less than one matrix of a 70B model).
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_buffer_reference : require
 #extension GL_EXT_buffer_reference_uvec2 : require

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every head of q and k of a row: RMSNorm where the model has it (Qwen3), then RoPE on pairs half of the rotary dimensions
-// apart; k and v go to the KV cache as FP16, finite values saturated. Su et al., "RoFormer" (2021).
+// Every head of q and k of a row: RMSNorm where the model has it (Qwen3), then RoPE on pairs half of the rotary
+// dimensions apart; k and v go to the KV cache as FP16, finite values saturated. Su et al., "RoFormer" (2021).
 //
 // Grid: x = heads + kv_heads, y = rows. 64 invocations.
 #version 450

@@ -2,9 +2,9 @@
 // out = W x for INT4 weights and many rows of X, by matrix instructions (matrix_int4.glsl). Arguments as in
 // matvec_int4.comp, with the half form of X.
 //
-// Grid: x = ceil(N / (32 * subgroups)), y = ceil(rows / (8 * kRowTiles)). A subgroup takes two tiles of W (32 outputs) and
-// kRowTiles times 8 rows of X through all of K. B operands come straight from memory, one 16-byte load of each invocation
-// for 32 columns of 8 rows; the subgroups of a workgroup read the same ones at about the same time.
+// Grid: x = ceil(N / (32 * subgroups)), y = ceil(rows / (8 * kRowTiles)). A subgroup takes two tiles of W (32 outputs)
+// and kRowTiles times 8 rows of X through all of K. B operands come straight from memory, one 16-byte load of each
+// invocation for 32 columns of 8 rows; the subgroups of a workgroup read the same ones at about the same time.
 #version 450
 #include "matrix_int4.glsl"
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// INT4 weights as operands of matrix instructions: the tile in the container is the A operand of a 16x16 by 16x8 product as
-// NVIDIA's mma.sync.m16n8k16 lays it over a subgroup of 32, and the half form of X is the B operand, so an invocation
-// unpacks its own elements and nothing moves between them.
+// INT4 weights as operands of matrix instructions: the tile in the container is the A operand of a 16x16 by 16x8
+// product as NVIDIA's mma.sync.m16n8k16 lays it over a subgroup of 32, and the half form of X is the B operand, so an
+// invocation unpacks its own elements and nothing moves between them.
 //
 //   A (16x16, weights)       element 0, 1: row g, columns 2t, 2t+1       4, 5: row g, columns 2t+8, 2t+9
 //                            element 2, 3: row g + 8, the same           6, 7: row g + 8, the same

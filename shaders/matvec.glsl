@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The frame of every matvec: one workgroup for 16 outputs and kRows rows of X.
 //
-// Invocation = 32 * slice + lane, lane = 4 * g + t as in storage/tile.hpp: it owns weight rows g and g + 8 and the columns
-// of its t in tiles slice, slice + slices, ... Every accumulator is one (invocation, row of X, output); at the end the
-// four t and the slices are added in a fixed order. So neither the number of rows nor their company changes a bit of a
-// row's result: kRows decides only how many of them share a weight that was read. No subgroup operation is needed, so any
-// subgroup size does; where it is 32, a subgroup reads a whole tile with one 16-byte load per invocation.
+// Invocation = 32 * slice + lane, lane = 4 * g + t as in storage/tile.hpp: it owns weight rows g and g + 8 and the
+// columns of its t in tiles slice, slice + slices, ... Every accumulator is one (invocation, row of X, output); at the
+// end the four t and the slices are added in a fixed order. So neither the number of rows nor their company changes a
+// bit of a row's result: kRows decides only how many of them share a weight that was read. No subgroup operation is
+// needed, so any subgroup size does; where it is 32, a subgroup reads a whole tile with one 16-byte load per
+// invocation.
 //
 // Grid: x = ceil(N / 16), y = ceil(rows / kRows). Shared memory: 2 * kRows * invocations floats (16 KiB at most).
 #include "buffers.glsl"

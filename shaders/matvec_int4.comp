@@ -9,8 +9,8 @@
 //   offsets    [N/16][groups][16]             kKind 1: u8 zeros, value (q - z) s; kKind 2: FP16 bias, value q s + b
 //   x          [rows][K padded to 64]         FP32, in the order of arguments.h
 //
-// kKind 0: value (q - 8) s. Groups of 32, 64 or any multiple of 64; a group's sum is taken in FP32 and multiplied by its
-// scale. Bytes per call: values + scales once for every kRows rows.
+// kKind 0: value (q - 8) s. Groups of 32, 64 or any multiple of 64; a group's sum is taken in FP32 and multiplied by
+// its scale. Bytes per call: values + scales once for every kRows rows.
 #version 450
 #include "matvec.glsl"
 

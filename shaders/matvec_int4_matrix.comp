@@ -2,8 +2,8 @@
 // out = W x for INT4 weights and up to 8 rows of X, by matrix instructions (matrix_int4.glsl): 1 row costs what 8 do.
 // Arguments as in matvec_int4.comp, with the half form of X.
 //
-// Grid: x = ceil(N / 16). A workgroup takes 16 outputs; its subgroups take every slices-th tile of K, four at a time so that
-// four 16-byte loads of each invocation are in flight, and are added up in their order. Sums are FP32.
+// Grid: x = ceil(N / 16). A workgroup takes 16 outputs; its subgroups take every slices-th tile of K, four at a time
+// so that four 16-byte loads of each invocation are in flight, and are added up in their order. Sums are FP32.
 #version 450
 #include "matrix_int4.glsl"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads memory and keeps nothing: what a device's memory gives to kernels. 256 invocations, 16 bytes each at a time, the whole
-// grid side by side.
+// Reads memory and keeps nothing: what a device's memory gives to kernels. 256 invocations, 16 bytes each at a time,
+// the whole grid side by side.
 #version 450
 #include "buffers.glsl"
 

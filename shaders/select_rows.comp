@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows that want logits move to the front, in place: selected[i] >= i, so one invocation per column takes them in order.
+// Rows that want logits move to the front, in place: selected[i] >= i, so one invocation per column takes them in
+// order.
 #version 450
 #include "buffers.glsl"
 

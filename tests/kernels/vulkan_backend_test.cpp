@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Vulkan backend where things go wrong: no loader, no driver, no memory, a device that is lost; and copies where host
-// memory cannot be imported.
+// The Vulkan backend where things go wrong: no loader, no driver, no memory, a device that is lost; and copies where
+// host memory cannot be imported.
 #include <cmath>
 #include <cstdlib>
 
@@ -213,8 +213,8 @@ TEST_CASE("a lost device ends the backend with the same error from every call, a
 
 namespace {
 
-// What lies at `place`, as sums of 64 neighbours: the logits of an FP32 matrix [96][64] there, for activations that are all
-// 1 / sqrt(1 + eps).
+// What lies at `place`, as sums of 64 neighbours: the logits of an FP32 matrix [96][64] there, for activations that
+// are all 1 / sqrt(1 + eps).
 std::vector<float> sums_at(Backend& backend, DeviceAddress place) {
   const Row row{.session = 0, .position = 0, .wants_logits = true};
   const std::vector<float> embedding(64, 1.0f);

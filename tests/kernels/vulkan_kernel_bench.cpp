@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Not a test: the time of INT4 products on a Vulkan device, by its own clock, beside what its memory gives to a kernel.
 //   kernel_vulkan_bench [--small]      shapes of a 70B model; --small: of SmolLM2, for software drivers
-// Weights rotate through copies of 256 MiB or more together, so that no cache holds them. One line a shape and number of
-// rows: the median, bytes of weights a second, and their share of the memory's rate; without matrix instructions too, where
-// the device has them.
+// Weights rotate through copies of 256 MiB or more together, so that no cache holds them. One line a shape and number
+// of rows: the median, bytes of weights a second, and their share of the memory's rate; without matrix instructions
+// too, where the device has them.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

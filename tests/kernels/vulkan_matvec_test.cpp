@@ -99,11 +99,11 @@ std::vector<float> run(const Problem& p, uint32_t first, uint32_t rows, bool acc
 
 bool same_bits(float a, float b) { return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b); }
 
-// Roundings on the way of one product into its output, at most; a fused multiplication and addition counts as two, since
-// GLSL lets it be two. A workgroup of 128 (from 2048 columns on 256) cuts K into 4 (8) slices, each lane of which adds up
-// one column in four. INT4 and INT8: up to 16 products within a group, then one product with a scale (and with a bias) for
-// every 32 columns of its slice. F16: 4 for every 16 columns of its slice. F32: one in four columns of its slice. Then two
-// additions over the lanes, one per slice, the vector, what was there before.
+// Roundings on the way of one product into its output, at most; a fused multiplication and addition counts as two,
+// since GLSL lets it be two. A workgroup of 128 (from 2048 columns on 256) cuts K into 4 (8) slices, each lane of
+// which adds up one column in four. INT4 and INT8: up to 16 products within a group, then one product with a scale
+// (and with a bias) for every 32 columns of its slice. F16: 4 for every 16 columns of its slice. F32: one in four
+// columns of its slice. Then two additions over the lanes, one per slice, the vector, what was there before.
 double roundings(const WeightShape& shape) {
   const double slices = shape.cols >= 2048 ? 8 : 4;
   const auto steps = [&](double columns) { return std::ceil(std::ceil(shape.cols / columns) / slices); };
@@ -113,8 +113,8 @@ double roundings(const WeightShape& shape) {
   return 2 * 16 + 4 * 2 * steps(64) + tail;
 }
 
-// ... and by matrix instructions, which add 16 products to a sum and cut off what lies below its last bits: 4 for each of
-// the 4 in a tile, for X and (bias) for its sum; then as above, in one slice where there are many rows.
+// ... and by matrix instructions, which add 16 products to a sum and cut off what lies below its last bits: 4 for each
+// of the 4 in a tile, for X and (bias) for its sum; then as above, in one slice where there are many rows.
 double matrix_roundings(const WeightShape& shape) { return 32 + 4 * std::ceil(shape.cols / 32.0) + 2 + 8 + 4; }
 
 void check_values(const Problem& p, uint32_t rows, bool accumulate, bool matrices = false) {

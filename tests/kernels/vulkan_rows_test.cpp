@@ -93,8 +93,8 @@ TEST_CASE("RMSNorm agrees with double and leaves the padding of X alone") {
         double sum = 0;
         for (uint32_t i = 0; i < width; ++i) sum += double{x[r * width + i]} * double{x[r * width + i]};
         const double factor = 1 / std::sqrt(sum / width + double{1e-5f});
-        // 2 roundings for each of width / 256 squares, 8 for the tree, half of which the root keeps; the mean, the root,
-        // the quotient, two products.
+        // 2 roundings for each of width / 256 squares, 8 for the tree, half of which the root keeps; the mean, the
+        // root, the quotient, two products.
         const double n = (2 * std::ceil(width / 256.0) + 8 + kDivision) / 2 + 2 * kDivision + 3;
         for (uint32_t i = 0; i < width; ++i) {
           const double want = double{x[r * width + i]} * factor * (weighted ? double{w[i]} : 1.0);
@@ -285,8 +285,8 @@ void check_attention(const AttentionCase& c, const Table& table, const Array<uin
   CHECK(misses.count == 0);
 }
 
-// Positions up to each row's own are random, everything else is NaN. At both sides of every block and step border V is a
-// hundred times larger: one of those missed, or one too many, is far outside any tolerance.
+// Positions up to each row's own are random, everything else is NaN. At both sides of every block and step border V is
+// a hundred times larger: one of those missed, or one too many, is far outside any tolerance.
 Array<uint16_t> filled_cache(const AttentionCase& c, const Table& table, uint32_t sessions, std::mt19937& random) {
   std::vector<uint16_t> halves(sessions * table.blocks_per_session * c.dims.block_halves(), half_from_float(kNaN));
   std::normal_distribution<float> normal(0.0f, 1.0f);

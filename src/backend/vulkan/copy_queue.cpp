@@ -90,7 +90,8 @@ Result<VkResult> CopyQueue::bounce(const Buffer& dest, uint64_t offset, std::spa
   return VK_SUCCESS;
 }
 
-// What is open already waits as well: late is not wrong. All waits are for one queue, so the last value covers the others.
+// What is open already waits as well: late is not wrong. All waits are for one queue, so the last value covers the
+// others.
 void CopyQueue::wait_for(const Queue::Wait& wait) {
   wait_.timeline = wait.timeline;
   wait_.value = std::max(wait_.value, wait.value);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host memory to device buffers, in order, on a queue of its own. One thread at a time: the loader's, then the prefetcher's.
+// Host memory to device buffers, in order, on a queue of its own. One thread at a time: the loader's, then the
+// prefetcher's.
 #pragma once
 
 #include <array>

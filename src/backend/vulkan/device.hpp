@@ -38,8 +38,8 @@ struct QueuePlace {
 
 class Device {
  public:
-  // The first usable device by kind: discrete, integrated, virtual, software (if allowed). Errors: not_found (no loader, no
-  // driver, no device, or what each lacks), out_of_memory, device.
+  // The first usable device by kind: discrete, integrated, virtual, software (if allowed). Errors: not_found (no
+  // loader, no driver, no device, or what each lacks), out_of_memory, device.
   static Result<std::unique_ptr<Device>> open(const DeviceChoice& choice);
   ~Device();
   Device(const Device&) = delete;
@@ -51,8 +51,8 @@ class Device {
   bool software() const { return report_.software; }
   const VkPhysicalDeviceLimits& limits() const { return limits_; }
   uint32_t subgroup_size() const { return subgroup_size_; }
-  // True if the features were there to be enabled: FP16 matrices 16x16 by 16x8 with FP32 sums in subgroups of 32. Whether the
-  // driver lays them out as the shaders need it is another question (kernels.hpp).
+  // True if the features were there to be enabled: FP16 matrices 16x16 by 16x8 with FP32 sums in subgroups of 32.
+  // Whether the driver lays them out as the shaders need it is another question (kernels.hpp).
   bool has_matrices() const { return has_matrices_; }
   // Of one allocation and one buffer.
   uint64_t max_allocation_bytes() const { return max_allocation_bytes_; }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which Vulkan devices this machine has, and what they can do. No Vulkan header is needed, and builds without the backend have it too.
+// Which Vulkan devices this machine has, and what they can do. No Vulkan header is needed, and builds without the
+// backend have it too.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The shaders (shaders/) as pipelines, and one function per operation that records it.
 //
-// A pipeline is made when its variant is first recorded and kept. Functions record into a command buffer, allocate nothing
-// but pipelines, put no barrier, and return the driver's error. Arguments are in shaders/arguments.h; addresses must be
-// of buffers of the same device, 16-byte aligned (`values`, `x`) or 4-byte aligned (all others). One thread at a time.
+// A pipeline is made when its variant is first recorded and kept. Functions record into a command buffer, allocate
+// nothing but pipelines, put no barrier, and return the driver's error. Arguments are in shaders/arguments.h;
+// addresses must be of buffers of the same device, 16-byte aligned (`values`, `x`) or 4-byte aligned (all others). One
+// thread at a time.
 #pragma once
 
 #include <array>

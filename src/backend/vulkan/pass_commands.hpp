@@ -3,9 +3,9 @@
 //
 // A pass is a list of commands, the same in every pass of a kind. It is cut into segments where the queue waits for an
 // event or records one, and after so many commands that no submission runs long (drivers reset a device that does not
-// answer for seconds) and that the first kernels run while the last are still being recorded. A segment's command buffer
-// is submitted again in every pass that has the same commands there: what changes from pass to pass (positions, sessions,
-// selected rows) lies in device memory. A segment that does not come as expected is recorded anew.
+// answer for seconds) and that the first kernels run while the last are still being recorded. A segment's command
+// buffer is submitted again in every pass that has the same commands there: what changes from pass to pass (positions,
+// sessions, selected rows) lies in device memory. A segment that does not come as expected is recorded anew.
 //
 // One thread: the executor's. No command buffer is in flight when a pass begins.
 #pragma once

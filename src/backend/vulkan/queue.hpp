@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A queue with a timeline semaphore: every submission gets the next number, and a number that is reached means that it and
-// all before it are done.
+// A queue with a timeline semaphore: every submission gets the next number, and a number that is reached means that it
+// and all before it are done.
 #pragma once
 
 #include <cstdint>

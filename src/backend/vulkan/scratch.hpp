@@ -11,8 +11,8 @@ namespace sluice::backend::vulkan {
 
 inline constexpr size_t kSlots = static_cast<size_t>(Slot::count);
 
-// Byte offsets, 256-byte aligned. Slots: `normed` and `attended` are X (shaders/arguments.h), and `gate` has a plain form,
-// which the matmul writes, and an X form, which SwiGLU writes and the next matmul reads; all others are plain.
+// Byte offsets, 256-byte aligned. Slots: `normed` and `attended` are X (shaders/arguments.h), and `gate` has a plain
+// form, which the matmul writes, and an X form, which SwiGLU writes and the next matmul reads; all others are plain.
 struct ScratchLayout {
   std::array<uint64_t, kSlots> slots{};
   std::array<uint32_t, kSlots> widths{};

@@ -279,7 +279,8 @@ bool VulkanBackend::flush() {
   return status.has_value();
 }
 
-// A copy that the host has waited for is still waited for here: what makes its bytes visible to kernels is the semaphore.
+// A copy that the host has waited for is still waited for here: what makes its bytes visible to kernels is the
+// semaphore.
 Status VulkanBackend::enqueue(VkCommandBuffer commands) {
   Queue::Wait wait{.timeline = copies_->queue().timeline(), .value = std::max(copies_to_see_, copies_done_.load())};
   if (wait.value <= copies_seen_) wait = {};

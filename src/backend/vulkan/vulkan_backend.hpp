@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any GPU with Vulkan 1.2 as a device. Two queues: copies (the prefetcher's thread) and compute (the executor's), each with
-// a timeline semaphore; an event is a number on one of them. A pass is submitted as command buffers that are recorded once
-// (pass_commands.hpp), and the host waits once, at its end, for the logits.
+// Any GPU with Vulkan 1.2 as a device. Two queues: copies (the prefetcher's thread) and compute (the executor's), each
+// with a timeline semaphore; an event is a number on one of them. A pass is submitted as command buffers that are
+// recorded once (pass_commands.hpp), and the host waits once, at its end, for the logits.
 //
-// A Vulkan error other than a refused allocation leaves nothing to go on with: the backend is dead, and every later call
-// returns the same error. A new backend opens the device anew.
+// A Vulkan error other than a refused allocation leaves nothing to go on with: the backend is dead, and every later
+// call returns the same error. A new backend opens the device anew.
 #pragma once
 
 #include <atomic>

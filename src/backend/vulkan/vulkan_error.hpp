@@ -9,8 +9,8 @@
 
 namespace sluice::backend::vulkan {
 
-// `what` says what was being done: "NVIDIA H200: submitting a pass". Codes: out_of_memory, not_found (no driver, no device,
-// features it lacks), device (everything else).
+// `what` says what was being done: "NVIDIA H200: submitting a pass". Codes: out_of_memory, not_found (no driver, no
+// device, features it lacks), device (everything else).
 Error error_of(VkResult code, const std::string& what);
 
 // False for refusals after which the device goes on working.

@@ -172,7 +172,8 @@ VkResult VulkanBackend::head_norm_rope(VkCommandBuffer commands, const Op& op, u
                                              .eps = shape_.norm_eps}, shape_.head_dim, rows);
 }
 
-// Few rows: the past is cut into chunks, so that the device has enough to do. Many: one workgroup goes through all of it.
+// Few rows: the past is cut into chunks, so that the device has enough to do. Many: one workgroup goes through all of
+// it.
 VkResult VulkanBackend::attention(VkCommandBuffer commands, const Op& op, uint32_t rows) const {
   const uint32_t chunks = commands_->kind().chunks;
   const uint32_t stride = chunks == 0 ? 0 : scratch_.chunks;
