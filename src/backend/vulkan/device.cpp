@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/vulkan/device.hpp"
 
+#include <dlfcn.h>
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <optional>
 #include <string_view>
 
@@ -175,6 +177,22 @@ DeviceReport report_of(const Description& d) {
 
 // ------------------------------------------------------------------------------------------------------- opening
 
+namespace {
+
+// The loader unloads a driver with its last instance, and NVIDIA's (580.159) comes back only so often: after some dozen
+// rounds of opening and closing a model no driver was found any more, until the process ended. So the first instance that
+// could be made gets a sibling that stays, and the driver with it.
+void keep_driver_loaded(const char* library, PFN_vkCreateInstance create, const VkInstanceCreateInfo& info) {
+  static std::once_flag once;
+  static VkInstance kept = VK_NULL_HANDLE;
+  std::call_once(once, [&] {
+    if (::dlopen(library, RTLD_NOW | RTLD_LOCAL) == nullptr) return;   // stays open
+    if (create(&info, nullptr, &kept) != VK_SUCCESS) kept = VK_NULL_HANDLE;
+  });
+}
+
+}  // namespace
+
 Status Device::create_instance(const DeviceChoice& choice) {
   SLUICE_TRY_ASSIGN(loader, Loader::open(choice.library, vk));
   loader_ = std::move(loader);
@@ -193,6 +211,7 @@ Status Device::create_instance(const DeviceChoice& choice) {
     instance_ = VK_NULL_HANDLE;
     return fail(error_of(code, "starting Vulkan"));
   }
+  keep_driver_loaded(choice.library, vk.vkCreateInstance, info);
   return loader_.load_instance(instance_, vk);
 }
 
