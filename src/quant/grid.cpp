@@ -7,10 +7,9 @@
 namespace sluice::quant {
 namespace {
 
-// Down to 0.3 of the range: weights rarely want less than half, but a residual of GPTQ's has long tails where the
-// inputs do not matter.
-constexpr float kClipFactor = 0.95f;
-constexpr int kClipSteps = 24;
+// Clipping below half the range never won on the models tried; 3% apart, neighbours differ by less than 1% in error.
+constexpr float kClipStep = 0.03f;
+constexpr int kClipSteps = 17;
 
 // Eight partial sums in a fixed order: the compiler turns them into vectors, and every machine gets the same bits.
 float weighted_error(std::span<const float> weights, std::span<const float> importance, float scale, float lowest,
@@ -64,8 +63,8 @@ Int4Grid find_int4_grid(std::span<const float> weights, std::span<const float> i
     highest = std::max(highest, weight);
   }
   Search search(weights, importance);
-  float share = 1.0f;
-  for (int step = 0; step < kClipSteps; ++step, share *= kClipFactor) {
+  for (int step = 0; step < kClipSteps; ++step) {
+    const float share = 1.0f - kClipStep * static_cast<float>(step);
     if (symmetric) {
       const float extreme = -lowest > highest ? lowest : highest;
       search.consider(share * extreme / -8.0f, 8);
