@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Vulkan backend where things go wrong: no loader, no driver, no memory, a device that is lost; and copies where
 // host memory cannot be imported.
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
+#include <string>
 
 #include "backend/vulkan/vulkan_backend.hpp"
 #include "base/handles.hpp"
@@ -118,6 +123,22 @@ TEST_CASE("a device that computes on the CPU is taken by name only") {
   if (made) return;
   CHECK(made.error().code == ErrorCode::not_found);
   CHECK(contains(made.error().message, "only by name"));
+}
+
+TEST_CASE("a GPU is looked for among device files before any driver is loaded") {
+  char folder[] = "/tmp/sluice-dev-XXXXXX";
+  REQUIRE(::mkdtemp(folder) != nullptr);
+  const std::string dev = folder;
+  CHECK(!vulkan::has_gpu_file(dev));
+  for (const char* name : {"/nvidiactl", "/dri/renderD129"}) {
+    if (std::string(name).starts_with("/dri")) REQUIRE(::mkdir((dev + "/dri").c_str(), 0700) == 0);
+    std::fclose(std::fopen((dev + name).c_str(), "w"));
+    CHECK(vulkan::has_gpu_file(dev));
+    REQUIRE(::unlink((dev + name).c_str()) == 0);
+    CHECK(!vulkan::has_gpu_file(dev));
+  }
+  ::rmdir((dev + "/dri").c_str());
+  ::rmdir(folder);
 }
 
 TEST_CASE("refused memory is a typed error that names its use, and the backend goes on working") {

@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -223,6 +224,15 @@ Result<std::vector<VkPhysicalDevice>> Device::physical_devices() const {
   if (code != VK_SUCCESS && code != VK_INCOMPLETE) return fail(error_of(code, "looking for Vulkan devices"));
   devices.resize(count);
   return devices;
+}
+
+bool has_gpu_file(const std::string& folder) {
+  const auto has = [&folder](const char* name) { return ::access((folder + "/" + name).c_str(), F_OK) == 0; };
+  if (has("nvidiactl") || has("dxg") || has("kgsl-3d0") || has("mali0")) return true;
+  for (int minor = 128; minor < 192; ++minor) {   // the kernel's range of render nodes
+    if (has(fmt::format("dri/renderD{}", minor).c_str())) return true;
+  }
+  return false;
 }
 
 Result<std::vector<DeviceReport>> list_devices(const DeviceChoice& choice) {

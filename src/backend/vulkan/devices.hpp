@@ -31,6 +31,11 @@ struct DeviceReport {
 // Every device that the machine's drivers show. Error: not_found (a build without Vulkan, no loader, no driver).
 Result<std::vector<DeviceReport>> list_devices(const DeviceChoice& choice);
 
+// Whether a GPU shows among the device files in `folder` (/dev): a render node, or NVIDIA's, WSL's, Adreno's or Mali's
+// file. Looking takes microseconds; asking the Vulkan drivers loads every one of them, and Mesa's software driver with its
+// compiler costs a cold start 0.1 to 0.25 s.
+bool has_gpu_file(const std::string& folder);
+
 struct Rates {
   std::string device;
   double read = 0;                    // its memory read by a kernel, bytes a second

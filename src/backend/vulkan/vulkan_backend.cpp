@@ -424,6 +424,9 @@ namespace sluice::backend {
 bool has_vulkan_backend() { return true; }
 
 Result<std::unique_ptr<Backend>> make_vulkan_backend(const VulkanOptions& options) {
+  if (!options.software && !vulkan::has_gpu_file("/dev")) {
+    return fail(ErrorCode::not_found, "no GPU shows in /dev (dri/renderD128, nvidiactl); --backend cpu runs without one");
+  }
   SLUICE_TRY_ASSIGN(backend, vulkan::VulkanBackend::create({.software = options.software}, options.log));
   return std::unique_ptr<Backend>(std::move(backend));
 }
