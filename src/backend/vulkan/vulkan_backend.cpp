@@ -425,7 +425,7 @@ bool has_vulkan_backend() { return true; }
 
 Result<std::unique_ptr<Backend>> make_vulkan_backend(const VulkanOptions& options) {
   if (!options.software && !vulkan::has_gpu_file("/dev")) {
-    return fail(ErrorCode::not_found, "no GPU shows in /dev (dri/renderD128, nvidiactl); --backend cpu runs without one");
+    return fail(ErrorCode::not_found, "no GPU for Vulkan shows in /dev (dri/renderD128, nvidiactl)");
   }
   SLUICE_TRY_ASSIGN(backend, vulkan::VulkanBackend::create({.software = options.software}, options.log));
   return std::unique_ptr<Backend>(std::move(backend));
