@@ -2,9 +2,13 @@
 #include "exec/weights.hpp"
 
 #include <fmt/format.h>
+#include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <system_error>
+#include <thread>
 #include <utility>
 
 #include "base/check.hpp"
@@ -22,6 +26,35 @@ using storage::Tensor;
 
 // io_uring refuses larger fixed buffers with EFAULT, and drivers cap what they import.
 constexpr uint64_t kSlabBytes = kGiB;
+
+// Asks the kernel for the pages that reads will land in, ahead of the reads: a read into memory that was never touched
+// has the thread that submits it wait for them, which on a virtual machine can take longer than the drive. A kernel
+// that does not know the call (before 5.14) leaves it at that.
+class PageSupply {
+ public:
+  explicit PageSupply(std::vector<std::span<std::byte>> memory) : memory_(std::move(memory)) {
+    if (memory_.empty()) return;
+    try {
+      for (std::jthread& thread : threads_) thread = std::jthread([this] { work(); });
+    } catch (const std::system_error&) {
+      // No thread to be had: the reads wait for their pages themselves.
+    }
+  }
+  ~PageSupply() { next_ = memory_.size(); }
+
+ private:
+  static constexpr uint64_t kThreads = 2;
+
+  void work() {
+    for (size_t i = next_.fetch_add(1); i < memory_.size(); i = next_.fetch_add(1)) {
+      ::madvise(memory_[i].data(), memory_[i].size(), MADV_POPULATE_WRITE);
+    }
+  }
+
+  std::vector<std::span<std::byte>> memory_;   // in the order of the reads, pieces of some MiB
+  std::atomic<size_t> next_ = 0;
+  std::jthread threads_[kThreads];             // last: they end before the rest goes
+};
 
 }  // namespace
 
@@ -167,10 +200,23 @@ uint64_t Weights::load_bytes() const {
   return bytes;
 }
 
+// Where reads land in host memory, in their order.
+std::vector<std::span<std::byte>> Weights::landing_places() const {
+  constexpr uint64_t kPiece = 4 * kMiB;
+  std::vector<std::span<std::byte>> pieces;
+  for (const Load& load : loads_) {
+    if (load.host == nullptr) continue;
+    const uint64_t bytes = container_.manifest().tensors[load.tensor].padded_bytes();
+    for (uint64_t at = 0; at < bytes; at += kPiece) pieces.push_back({load.host + at, std::min(kPiece, bytes - at)});
+  }
+  return pieces;
+}
+
 // Keeps the queue full with the blocks of all loads, in file order. Blocks land in any order.
 Status Weights::load(const Options& options, storage::ReadQueue& queue) {
   const auto begin = std::chrono::steady_clock::now();
   const uint64_t total = load_bytes();
+  const PageSupply supply(landing_places());
   std::vector<Flight> flights(kReadDepth);
   std::vector<uint32_t> idle;
   for (uint32_t slot = 0; slot < flights.size(); ++slot) {

@@ -90,6 +90,7 @@ class Weights {
   Status start_load(storage::ReadQueue& queue, Flight& flight, uint32_t slot);
   Status finish_load(Flight& flight);
   uint64_t load_bytes() const;
+  std::vector<std::span<std::byte>> landing_places() const;
   Status verify_mapping(const Options& options);
 
   const storage::Container& container_;
