@@ -21,6 +21,9 @@ namespace {
 // PCIe 5 x16, pinned: 53-55 GB/s from here on; 1 MiB 48.6, 256 KiB 35.9.
 constexpr uint64_t kPreferredCopyBytes = 4 * kMiB;
 
+// Positions before the grid of attention grows that its graphs begin to be made.
+constexpr uint32_t kGraphsAhead = 48;
+
 // What the kernels of an operation write (cuda/elementwise.hpp, cuda/attention.hpp).
 Marks marks_of(OpKind kind) {
   switch (kind) {
@@ -51,7 +54,9 @@ Result<std::unique_ptr<Backend>> CudaBackend::create(const CudaOptions& options)
 
 CudaBackend::CudaBackend(const CudaOptions& options, Device device) : device_(std::move(device)), log_(options.log) {
   graphs_ = std::make_unique<PassGraphs>(
-      [this](const Command& command, bool overlap, cudaStream_t stream) { return launch(command, overlap, stream); },
+      [this](const Command& command, const PassKind& kind, bool overlap, cudaStream_t stream) {
+        return launch(command, kind, overlap, stream);
+      },
       [this](cudaError_t code, const char* what) { return check(code, what); });
 }
 
@@ -333,13 +338,14 @@ Status CudaBackend::begin_pass(std::span<const Row> rows, std::span<const float>
   uint32_t* sessions = pinned_.table;
   uint32_t* positions = sessions + shape_.max_rows;
   uint32_t* selected = positions + shape_.max_rows;
-  uint32_t wanted = 0, session_runs = 1, positions_in_use = 0;
+  uint32_t wanted = 0, session_runs = 1;
+  positions_in_use_ = 0;
   for (uint32_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
     SLUICE_CHECK(row.session < shape_.sessions && row.position < shape_.context);
     sessions[i] = row.session;
     positions[i] = row.position;
-    positions_in_use = std::max(positions_in_use, row.position + 1);
+    positions_in_use_ = std::max(positions_in_use_, row.position + 1);
     if (row.wants_logits) selected[wanted++] = i;
     if (i > 0 && row.session != rows[i - 1].session) ++session_runs;
   }
@@ -347,16 +353,16 @@ Status CudaBackend::begin_pass(std::span<const Row> rows, std::span<const float>
   active_rows_ = static_cast<uint32_t>(rows.size());
   kind_ = {.rows = active_rows_, .wanted_rows = wanted,
            .prefill_attention = sluice::cuda::attention_wants_prefill(active_rows_, session_runs)};
-  kind_.attention_bound = shape_.context;
-  if (!kind_.prefill_attention) {
-    kind_.attention_bound =
-        sluice::cuda::attention_bound(shape_.heads, shape_.kv_heads, positions_in_use, shape_.context);
-  }
+  kind_.attention_bound = kind_.prefill_attention ? shape_.context : attention_bound(positions_in_use_);
   graphs_->begin(kind_);
   clock_.clear();
   in_pass_ = true;
   awaits_ = false;
   return add({.kind = CommandKind::begin_pass, .rows = active_rows_, .op = {}}, {.begin = true});
+}
+
+uint32_t CudaBackend::attention_bound(uint32_t positions) const {
+  return sluice::cuda::attention_bound(shape_.heads, shape_.kv_heads, positions, shape_.context);
 }
 
 Status CudaBackend::add(Command command, Marks marks) {
@@ -387,6 +393,11 @@ Status CudaBackend::finish_pass(std::span<float> logits) {
   SLUICE_TRY(add({.kind = CommandKind::finish_pass, .rows = logits.empty() ? 0 : kind_.wanted_rows, .op = {}},
                  {.begin = true}));
   SLUICE_TRY(graphs_->flush());
+  if (!kind_.prefill_attention) {
+    PassKind next = kind_;
+    next.attention_bound = attention_bound(std::min(positions_in_use_ + kGraphsAhead, shape_.context));
+    if (next != kind_) SLUICE_TRY(graphs_->capture_ahead(next));
+  }
   // Of this queue alone: copies for the next pass go on.
   SLUICE_TRY(check(cudaStreamSynchronize(compute_), "computing a pass"));
   if (!logits.empty()) std::memcpy(logits.data(), pinned_.logits, logits.size_bytes());

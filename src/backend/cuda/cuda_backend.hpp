@@ -97,6 +97,7 @@ class CudaBackend final : public Backend {
   float* slot(Slot slot) const { return scratch<float>(scratch_.slots[static_cast<size_t>(slot)]); }
   sluice::cuda::Stamp* stamp(size_t index) const { return scratch<sluice::cuda::Stamp>(scratch_.stamps) + index; }
   Status add(Command command, Marks marks);
+  uint32_t attention_bound(uint32_t positions) const;
   uint32_t width(Slot slot) const { return scratch_.widths[static_cast<size_t>(slot)]; }
   Status allocate_pinned();
   uint64_t kv_block_bytes() const { return kv_.block_elems() * sizeof(uint16_t); }
@@ -104,13 +105,14 @@ class CudaBackend final : public Backend {
 
   // cuda_ops.cpp: what a command launches.
   struct Target {
+    PassKind kind;
     uint32_t rows = 0;
     uint32_t index = 0;                 // of the command in the pass
     sluice::cuda::Stamp* stamp = nullptr;
     bool programmatic = false;          // may start before the kernel in front ended
     cudaStream_t stream = nullptr;
   };
-  Status launch(const Command& command, bool overlap, cudaStream_t stream);
+  Status launch(const Command& command, const PassKind& kind, bool overlap, cudaStream_t stream);
   cudaError_t begin(const Target& target) const;
   cudaError_t rms_norm(const Op& op, const Target& target) const;
   cudaError_t matmul(const Op& op, const Target& target) const;
@@ -143,6 +145,7 @@ class CudaBackend final : public Backend {
 
   // The pass in progress.
   PassKind kind_;
+  uint32_t positions_in_use_ = 0;
   uint32_t active_rows_ = 0;            // rows that operations run on: all, then those that want logits
   bool in_pass_ = false;
   bool awaits_ = false;                 // the next operation's weights are waited for

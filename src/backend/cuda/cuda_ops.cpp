@@ -35,8 +35,8 @@ const float* CudaBackend::vector(const Op& op, int index, uint32_t width) const 
   return reinterpret_cast<const float*>(at(op.vectors[index], uint64_t{width} * sizeof(float)));
 }
 
-Status CudaBackend::launch(const Command& command, bool overlap, cudaStream_t stream) {
-  const Target target{.rows = command.rows, .index = command.index, .stamp = stamp(command.index),
+Status CudaBackend::launch(const Command& command, const PassKind& kind, bool overlap, cudaStream_t stream) {
+  const Target target{.kind = kind, .rows = command.rows, .index = command.index, .stamp = stamp(command.index),
                       .programmatic = overlap && device_.programmatic_launch, .stream = stream};
   if (command.kind == CommandKind::begin_pass) return check(begin(target), "launching the start of a pass");
   if (command.kind == CommandKind::finish_pass) return check(finish(target), "launching the end of a pass");
@@ -162,14 +162,14 @@ cudaError_t CudaBackend::attention(const Op& op, const Target& target) const {
                                      .positions = scratch<uint32_t>(scratch_.positions),
                                      .row_count = target.rows,
                                      .heads = shape_.heads,
-                                     .position_bound = kind_.attention_bound,
+                                     .position_bound = target.kind.attention_bound,
                                      .cache = kv_,
                                      .layer = op.layer,
                                      .workspace = scratch<void>(scratch_.attention_workspace),
                                      .workspace_bytes = scratch_.attention_workspace_bytes,
                                      .stamp = target.stamp,
                                      .programmatic = target.programmatic};
-  if (kind_.prefill_attention) return sluice::cuda::launch_attention_prefill(args, target.stream);
+  if (target.kind.prefill_attention) return sluice::cuda::launch_attention_prefill(args, target.stream);
   return sluice::cuda::launch_attention_decode(args, target.stream);
 }
 

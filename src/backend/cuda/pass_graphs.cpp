@@ -2,6 +2,7 @@
 #include "backend/cuda/pass_graphs.hpp"
 
 #include <algorithm>
+#include <chrono>
 
 namespace sluice::backend::cuda {
 
@@ -13,6 +14,8 @@ constexpr size_t kSegmentCommands = 80;
 constexpr size_t kMostKinds = 32;
 // Passes of more rows are long enough for launches to hide behind their kernels.
 constexpr uint32_t kMostGraphRows = 64;
+// Of the host in one pass, for graphs of the next kind.
+constexpr std::chrono::milliseconds kTimeAhead{1};
 
 bool same(DeviceAddress a, DeviceAddress b) { return a.buffer == b.buffer && a.offset == b.offset; }
 
@@ -52,22 +55,23 @@ void PassGraphs::drop(Segment& segment) {
   segment.graph = nullptr;
 }
 
-void PassGraphs::begin(const PassKind& kind) {
+PassGraphs::Pass& PassGraphs::pass_of(const PassKind& kind) {
   const auto found = std::find_if(passes_.begin(), passes_.end(), [&](const auto& pass) { return pass->kind == kind; });
-  if (found != passes_.end()) {
-    pass_ = found->get();
-  } else {
-    if (passes_.size() == kMostKinds) {
-      const auto oldest = std::min_element(passes_.begin(), passes_.end(), [](const auto& a, const auto& b) {
-        return a->last_used < b->last_used;
-      });
-      for (Segment& segment : (*oldest)->segments) drop(segment);
-      passes_.erase(oldest);
-    }
-    passes_.push_back(std::make_unique<Pass>());
-    pass_ = passes_.back().get();
-    pass_->kind = kind;
+  if (found != passes_.end()) return **found;
+  if (passes_.size() == kMostKinds) {
+    const auto oldest = std::min_element(passes_.begin(), passes_.end(), [](const auto& a, const auto& b) {
+      return a->last_used < b->last_used;
+    });
+    for (Segment& segment : (*oldest)->segments) drop(segment);
+    passes_.erase(oldest);
   }
+  passes_.push_back(std::make_unique<Pass>());
+  passes_.back()->kind = kind;
+  return *passes_.back();
+}
+
+void PassGraphs::begin(const PassKind& kind) {
+  pass_ = &pass_of(kind);
   pass_->last_used = ++clock_;
   segment_ = count_ = 0;
   as_expected_ = true;
@@ -98,22 +102,40 @@ Status PassGraphs::flush() {
   count_ = 0;
   as_expected_ = true;
   if (!known) drop(segment);
-  // One kernel is no faster from a graph.
-  const bool worth_it = segment.commands.size() > 1 && pass_->kind.rows <= kMostGraphRows;
-  if (!known || !worth_it) return launch_all(segment, compute_);
-  if (segment.graph == nullptr) SLUICE_TRY(capture(segment));
+  if (!known || !worth_a_graph(segment, pass_->kind)) return launch_all(segment, pass_->kind, compute_);
+  if (segment.graph == nullptr) SLUICE_TRY(capture(segment, pass_->kind));
   return check_(cudaGraphLaunch(segment.graph, compute_), "starting a graph");
 }
 
-Status PassGraphs::launch_all(const Segment& segment, cudaStream_t stream) {
-  for (size_t i = 0; i < segment.commands.size(); ++i) SLUICE_TRY(launch_(segment.commands[i], i > 0, stream));
+Status PassGraphs::capture_ahead(const PassKind& kind) {
+  Pass& ahead = pass_of(kind);
+  ahead.last_used = clock_;
+  if (ahead.segments.empty()) {
+    for (const Segment& segment : pass_->segments) ahead.segments.push_back({.commands = segment.commands});
+  }
+  const auto begin = std::chrono::steady_clock::now();
+  for (Segment& segment : ahead.segments) {
+    if (segment.graph != nullptr || !worth_a_graph(segment, kind)) continue;
+    SLUICE_TRY(capture(segment, kind));
+    if (std::chrono::steady_clock::now() - begin > kTimeAhead) break;
+  }
+  return {};
+}
+
+// One kernel is no faster from a graph.
+bool PassGraphs::worth_a_graph(const Segment& segment, const PassKind& kind) {
+  return segment.commands.size() > 1 && kind.rows <= kMostGraphRows;
+}
+
+Status PassGraphs::launch_all(const Segment& segment, const PassKind& kind, cudaStream_t stream) {
+  for (size_t i = 0; i < segment.commands.size(); ++i) SLUICE_TRY(launch_(segment.commands[i], kind, i > 0, stream));
   return {};
 }
 
 // Relaxed: what other threads do meanwhile (the prefetcher's copies) is none of the capture's business.
-Status PassGraphs::capture(Segment& segment) {
+Status PassGraphs::capture(Segment& segment, const PassKind& kind) {
   SLUICE_TRY(check_(cudaStreamBeginCapture(capture_, cudaStreamCaptureModeRelaxed), "capturing a graph"));
-  Status launched = launch_all(segment, capture_);
+  Status launched = launch_all(segment, kind, capture_);
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(capture_, &graph);
   Status status = launched ? check_(ended, "capturing a graph") : std::move(launched);

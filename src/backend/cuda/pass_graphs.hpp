@@ -6,7 +6,8 @@
 // submitted. A segment that comes for the second time is captured, and replayed from then on: what changes from pass to
 // pass (positions, sessions, selected rows) lies in device memory. The first time it is launched plainly, which also
 // loads its kernels, so that a kind of pass that comes once costs no capture. A segment that does not come as it was
-// expected is launched plainly and remembered as it came.
+// expected is launched plainly and remembered as it came. A kind that is seen to come (decoding goes on to where the
+// grid of attention grows) is captured ahead, a little behind each pass while the GPU works on it.
 //
 // One thread: the executor's.
 #pragma once
@@ -45,7 +46,8 @@ class PassGraphs {
  public:
   // Enqueues one command on a stream, which may be capturing. `overlap`: behind a kernel of the same segment, so that it
   // may start before that one has ended; the first of a segment may follow the wait for a copy.
-  using Launch = std::function<Status(const Command& command, bool overlap, cudaStream_t stream)>;
+  using Launch =
+      std::function<Status(const Command& command, const PassKind& kind, bool overlap, cudaStream_t stream)>;
   // Reports a CUDA error.
   using Check = std::function<Status(cudaError_t code, const char* what)>;
 
@@ -61,6 +63,9 @@ class PassGraphs {
   Status add(const Command& command);
   // Submits what was added since the last flush.
   Status flush();
+  // Behind the last flush of a pass: captures some of a pass of another kind with the same commands, for about a
+  // millisecond of the host's time, and returns at once when all of it is there.
+  Status capture_ahead(const PassKind& kind);
 
  private:
   struct Segment {
@@ -73,8 +78,10 @@ class PassGraphs {
     std::vector<Segment> segments;
   };
 
-  Status launch_all(const Segment& segment, cudaStream_t stream);
-  Status capture(Segment& segment);
+  Pass& pass_of(const PassKind& kind);
+  static bool worth_a_graph(const Segment& segment, const PassKind& kind);
+  Status launch_all(const Segment& segment, const PassKind& kind, cudaStream_t stream);
+  Status capture(Segment& segment, const PassKind& kind);
   static void drop(Segment& segment);
 
   Launch launch_;
