@@ -3,7 +3,7 @@
 //
 //   kernel           grid                          block   bytes moved per row
 //   begin_pass       (hidden / 1024, rows)         256     4 hidden over the bus, 4 hidden written
-//   rms_norm         (rows)                        <= 1024 8 hidden read (once from L1), 2 hidden written
+//   rms_norm         (rows)                        256     8 hidden read (once from L1), 2 hidden written
 //   swiglu           (width / 2048, rows)          256     8 width read, 2 width written
 //   select_rows      (width / 256)                 256     8 width for a row that moves
 //   finish_pass      (logits / 4096)               256     4 a logit over the bus, 16 a kernel of the pass
@@ -20,7 +20,6 @@ namespace sluice::cuda {
 namespace {
 
 constexpr uint32_t kBlock = 256;
-constexpr uint32_t kWideBlock = 1024;
 constexpr uint32_t kSwigluPerThread = 8;
 constexpr uint32_t kSwigluPerBlock = kBlock * kSwigluPerThread;
 // Magnitudes from here on are scaled down; below, rounding to half cannot reach infinity (65520 would).
@@ -124,35 +123,56 @@ __global__ void begin_pass_kernel(BeginPass a) {
   }
 }
 
+// Weights are under way while the kernel before ends: they come from memory, which the product behind this one keeps
+// busy by then.
 template <bool kAligned>
-__global__ void rms_norm_kernel(RmsNorm a) {
+__global__ void __launch_bounds__(kBlock) rms_norm_kernel(RmsNorm a) {
+  constexpr uint32_t kEarly = 8;  // vectors a thread
   grid_let_next_start();
   const uint32_t row = blockIdx.x, vectors = (a.width + 3) / 4;
   const float* in = a.in + size_t{row} * a.width;
-  const float4 ones = {1.0f, 1.0f, 1.0f, 1.0f};
-  // The first weights are under way while the kernel before ends.
-  float4 first = ones;
-  if (a.weight != nullptr && threadIdx.x < vectors) first = load4<kAligned>(a.weight, threadIdx.x, a.width);
+  float4 early[kEarly];
+#pragma unroll
+  for (uint32_t k = 0; k < kEarly; ++k) {
+    const uint32_t i = threadIdx.x + k * kBlock;
+    early[k] = float4{1.0f, 1.0f, 1.0f, 1.0f};
+    if (a.weight != nullptr && i < vectors) early[k] = load4<kAligned>(a.weight, i, a.width);
+  }
   grid_wait();
   stamp_begin(a.stamp);
   SumAndMax part{0.0f, 0.0f};
-  const auto weighted = [&](uint32_t i, float4 x) {
-    if (i == threadIdx.x) return times(x, first);
-    return a.weight == nullptr ? x : times(x, load4<kAligned>(a.weight, i, a.width));
-  };
-  for (uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-    const float4 x = load4<kAligned>(in, i, a.width);
+  const auto add = [&](float4 x, float4 weight) {
     part.sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-    part.max = fmaxf(part.max, largest_of(weighted(i, x)));
+    part.max = fmaxf(part.max, largest_of(times(x, weight)));
+  };
+  const auto weight_of = [&](uint32_t i) {
+    return a.weight == nullptr ? float4{1.0f, 1.0f, 1.0f, 1.0f} : load4<kAligned>(a.weight, i, a.width);
+  };
+#pragma unroll
+  for (uint32_t k = 0; k < kEarly; ++k) {
+    const uint32_t i = threadIdx.x + k * kBlock;
+    if (i < vectors) add(load4<kAligned>(in, i, a.width), early[k]);
+  }
+  for (uint32_t i = threadIdx.x + kEarly * kBlock; i < vectors; i += kBlock) {
+    add(load4<kAligned>(in, i, a.width), weight_of(i));
   }
   const SumAndMax all = block_reduce(part);
   const float factor = 1.0f / sqrtf(all.sum / static_cast<float>(a.width) + a.eps);
   const float scale = scale_for(all.max * factor);
   __half* out = a.out + size_t{row} * x_stride(a.width);
-  for (uint32_t i = threadIdx.x; i < x_stride(a.width) / 4; i += blockDim.x) {
+  const auto write = [&](uint32_t i, float4 weight) {
     float4 y = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (i < vectors) y = times(weighted(i, load4<kAligned>(in, i, a.width)), factor / scale);
+    if (i < vectors) y = times(times(load4<kAligned>(in, i, a.width), weight), factor / scale);
     store4(out, i, y);
+  };
+  const uint32_t padded = x_stride(a.width) / 4;
+#pragma unroll
+  for (uint32_t k = 0; k < kEarly; ++k) {
+    const uint32_t i = threadIdx.x + k * kBlock;
+    if (i < padded) write(i, early[k]);
+  }
+  for (uint32_t i = threadIdx.x + kEarly * kBlock; i < padded; i += kBlock) {
+    write(i, i < vectors ? weight_of(i) : float4{});
   }
   if (threadIdx.x == 0) {
     a.row_scale[row] = scale;
@@ -251,12 +271,6 @@ __global__ void stamp_kernel(Stamp* stamp, bool end) { (end ? stamp->end_ns : st
 
 uint32_t ceil_div(uint32_t value, uint32_t by) { return (value + by - 1) / by; }
 
-// Threads of a block that walks a row four columns a thread.
-uint32_t wide_block(uint32_t width) {
-  const uint32_t threads = ceil_div(ceil_div(width, 4), 32) * 32;
-  return threads < kWideBlock ? threads : kWideBlock;
-}
-
 bool is_aligned(uint32_t width) { return width % 4 == 0; }
 
 template <class Args>
@@ -284,7 +298,7 @@ cudaError_t launch_begin_pass(const BeginPass& args, cudaStream_t stream) {
 cudaError_t launch_rms_norm(const RmsNorm& args, cudaStream_t stream) {
   if (args.rows == 0 || args.width == 0) return cudaErrorInvalidValue;
   return launch(is_aligned(args.width) ? rms_norm_kernel<true> : rms_norm_kernel<false>, dim3(args.rows),
-                wide_block(args.width), args, stream);
+                kBlock, args, stream);
 }
 
 cudaError_t launch_swiglu(const Swiglu& args, cudaStream_t stream) {
