@@ -7,16 +7,16 @@
 // x           [M][ldx]                           FP16      row-major, 16 B
 // x_sums      [ceil(K/group)][M rounded up to 4] FP32      workspace, only with a bias: sums of x over each group
 // out         [M][ldo]                           FP32
-// partial     [2 clusters][4][kRows/2][128]      FP32      workspace, only where K is split
+// partial     [2 clusters][4 or 8][kRows/2][128] FP32      workspace, only where K is split
 //
 // wgmma.m64nNk16 takes A from the registers of four warps, each with 16 rows in the very fragments that tile16x64
 // holds, so a warp unpacks its nibbles as for mma.sync. B is x, K-major in shared memory with the 128-byte swizzle,
-// where the tensor copy engine puts it. A block makes tiles of 128 rows of W x kRows rows of x:
+// where the tensor copy engine puts it. A block makes tiles of 256 rows of W x 32 or 64 rows of x, or 128 x 128:
 //
-//     warpgroup 0: one thread asks for stages of 128 columns:   x 2 x [kRows][64], values 8 row tiles x 1 KiB, scales
+//     warpgroup 0: one thread asks for stages of 128 columns:   x 2 x [kRows][64], values 1 KiB per row tile, scales
 //                  (of x one half, for itself and its neighbour: a cluster of two blocks with the same rows of x,
 //                  which halves what x costs the L2 cache)
-//     warpgroups 1, 2: 64 rows of W each; per group of columns: wgmma into a fresh sum, total += scale * sum
+//     the others: 64 rows of W each; per group of columns: wgmma into a fresh sum, total += scale * sum
 //
 // How unpacking and scaling hide behind products is in matmul_int4_wgmma.cuh.
 //
@@ -30,7 +30,7 @@
 //
 // The cluster that comes last to a pair adds its parts in order: no float atomics, the same bits in every run.
 //
-// Geometry: at most one block of 384 threads per multiprocessor, in pairs; an odd tile's partner works on zeros.
+// Geometry: at most one block of 640 or 384 threads per multiprocessor, in pairs; an odd tile's partner works on zeros.
 // Bytes moved: values + scales once from memory.
 // Compiled: kRows 32, 64, 128 with groups of 32, 64, 128. With a bias another kernel sums x over groups before.
 #include "cuda/matmul_int4_wgmma.cuh"
@@ -48,32 +48,36 @@ namespace {
 
 using namespace wgmma;
 
+template <uint32_t kRows>
+inline constexpr uint32_t kThreads = 128 + 128 * kMultipliers<kRows>;
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Leaves this cluster's totals of a cut pair in the workspace; true for the last of the pair's clusters, whose `total`
 // is then the sum. A share meets two pairs at most: two places for each cluster.
 template <uint32_t kRows>
-__device__ __forceinline__ bool join_parts(const WgmmaArgs& a, uint32_t pair, uint32_t half, uint32_t thread,
+__device__ __forceinline__ bool join_parts(const WgmmaArgs& a, uint32_t pair, uint32_t warpgroup, uint32_t thread,
                                            uint32_t* last, float (&total)[kRows / 2]) {
-  constexpr uint32_t kCount = kRows / 2;
-  const uint32_t mine = blockIdx.x / 2, begin = pair * a.stages, tile = cluster_rank() * 2 + half;
+  constexpr uint32_t kCount = kRows / 2, kTiles = 2 * kMultipliers<kRows>;
+  const uint32_t mine = blockIdx.x / 2, begin = pair * a.stages;
+  const uint32_t tile = cluster_rank() * kMultipliers<kRows> + warpgroup;
   const auto place = [&](uint32_t cluster) {
     const bool second = Work::share(a, cluster) < begin;
-    return a.partial + ((cluster * 2 + second) * 4 + tile) * uint64_t{128 * kCount} + thread;
+    return a.partial + ((cluster * 2 + second) * kTiles + tile) * uint64_t{128 * kCount} + thread;
   };
   const uint32_t first = Work::owner(a, begin), end = Work::owner(a, begin + a.stages - 1) + 1;
 #pragma unroll
   for (uint32_t i = 0; i < kCount; ++i) place(mine)[i * 128] = total[i];
   fence_device();
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + half) : "memory");
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
   if (thread == 0) {
-    uint32_t* counter = a.counters + pair * 4 + tile;
-    last[half] = atomicAdd(counter, 1) == end - first - 1;
-    if (last[half]) *counter = 0;
+    uint32_t* counter = a.counters + pair * kTiles + tile;
+    last[warpgroup] = atomicAdd(counter, 1) == end - first - 1;
+    if (last[warpgroup]) *counter = 0;
     fence_device();
   }
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + half) : "memory");
-  if (last[half] == 0) return false;
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+  if (last[warpgroup] == 0) return false;
 #pragma unroll
   for (uint32_t i = 0; i < kCount; ++i) total[i] = 0;
   for (uint32_t cluster = first; cluster < end; ++cluster) {
@@ -126,34 +130,37 @@ __device__ __forceinline__ void write_tile(const WgmmaArgs& a, const Tile& tile,
 #endif
 
 template <uint32_t kRows, uint32_t kGroup>
-__global__ void SLUICE_PAIRS __launch_bounds__(384, 1) matmul_int4_wgmma_kernel(const __grid_constant__ WgmmaArgs a) {
+__global__ void SLUICE_PAIRS __launch_bounds__(kThreads<kRows>, 1)
+    matmul_int4_wgmma_kernel(const __grid_constant__ WgmmaArgs a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Stage<kRows, kGroup>;
   extern __shared__ uint8_t shared[];
   __shared__ uint64_t barriers[2 * S::kCount];
-  __shared__ uint32_t last[2];
+  __shared__ uint32_t last[kMultipliers<kRows>];
   uint8_t* stages = shared + (1024 - shared_address(shared) % 1024) % 1024;
   const uint32_t full = shared_address(barriers), empty = full + S::kCount * 8;
   let_next_kernel_start();
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < S::kCount; ++i) {
       barrier_init(full + i * 8, 1);
-      barrier_init(empty + i * 8, 16);  // warps of both blocks
+      barrier_init(empty + i * 8, 2 * S::kRowTiles);  // warps of both blocks
     }
     barrier_init_fence();
     async_proxy_fence();
   }
   cluster_sync();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (kMultipliers<kRows> == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    else asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) produce<kRows, kGroup>(a, shared_address(stages), full, empty);
     __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (kMultipliers<kRows> == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    else asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
     wait_for_previous_kernel();
-    const uint32_t half = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const uint32_t warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     Place<S::kCount> place;
-    if (kRows == 128 && half == 1) pass_turn(half);
+    if (kRows == 128 && warpgroup == 1) pass_turn(warpgroup);
     Work work(a);
     for (Item item; work.next(a, item);) {
       float total[kRows / 2];
@@ -162,8 +169,8 @@ __global__ void SLUICE_PAIRS __launch_bounds__(384, 1) matmul_int4_wgmma_kernel(
       walk.stages = stages;
       walk.full = full;
       walk.empty = empty;
-      walk.half = half;
-      walk.tile = half * 4 + warp;
+      walk.warpgroup = warpgroup;
+      walk.tile = warpgroup * 4 + warp;
       walk.lane = lane;
       walk.has_zeros = a.has_zeros;
       walk.has_bias = a.has_bias;
@@ -172,11 +179,11 @@ __global__ void SLUICE_PAIRS __launch_bounds__(384, 1) matmul_int4_wgmma_kernel(
       walk.place = place;
       multiply_item<kRows, kGroup>(walk, total);
       place = walk.place;
-      if (!whole && !join_parts<kRows>(a, item.pair, half, threadIdx.x % 128, last, total)) continue;
+      if (!whole && !join_parts<kRows>(a, item.pair, warpgroup, threadIdx.x % 128, last, total)) continue;
       const Tile tile(a, item.pair, kRows);
-      write_tile<kRows>(a, tile, tile.block * kBlockRows + half * 64 + warp * 16, lane, total);
+      write_tile<kRows>(a, tile, tile.block * S::kRowTiles * 16 + warpgroup * 64 + warp * 16, lane, total);
     }
-    if (kRows == 128 && half == 0) wait_turn(half);  // the turn that is left over
+    if (kRows == 128 && warpgroup == 0) wait_turn(warpgroup);  // the turn that is left over
   }
   cluster_sync();  // neither leaves while the other may still write to it
 #else
@@ -240,6 +247,10 @@ bool encode(CUtensorMap& map, const Plane& plane) {
 }
 
 uint32_t rows_of_tile(uint32_t rows) { return rows <= 32 ? 32 : rows <= 64 ? 64 : 128; }
+uint32_t row_tiles_of_block(uint32_t rows) { return 4 * (rows <= 64 ? kMultipliers<64> : kMultipliers<128>); }
+uint32_t blocks_of(const MatmulWeight& w, uint32_t rows) {
+  return (w.rows + row_tiles_of_block(rows) * 16 - 1) / (row_tiles_of_block(rows) * 16);
+}
 
 // Who does what, see the top of the file.
 struct Schedule {
@@ -253,7 +264,7 @@ Schedule schedule_of(const MatmulCall& call, uint32_t processors) {
   constexpr uint32_t kLeast = 4, kMostParts = 8, kJoinStages = 4;
   Schedule s;
   uint32_t blocks = 0;
-  for (uint32_t i = 0; i < call.parts; ++i) blocks += (call.part[i].weight.rows + kBlockRows - 1) / kBlockRows;
+  for (uint32_t i = 0; i < call.parts; ++i) blocks += blocks_of(call.part[i].weight, call.rows);
   const uint32_t tile_rows = rows_of_tile(call.rows), most = std::max(1u, processors / 2);
   s.row_blocks = (call.rows + tile_rows - 1) / tile_rows;
   s.pairs = (blocks + 1) / 2 * s.row_blocks;
@@ -270,7 +281,7 @@ Schedule schedule_of(const MatmulCall& call, uint32_t processors) {
 }
 
 uint64_t partial_bytes(const Schedule& s, uint32_t rows) {
-  return uint64_t{s.split_clusters} * 2 * 2 * kBlockRows * rows_of_tile(rows) * sizeof(float);
+  return uint64_t{s.split_clusters} * 2 * 2 * row_tiles_of_block(rows) * 16 * rows_of_tile(rows) * sizeof(float);
 }
 
 // Floats from one group's sums of x to the next one's.
@@ -290,7 +301,8 @@ cudaError_t launch(const WgmmaArgs& args, uint32_t clusters, const MatmulCall& c
   const uint32_t shared = S::kCount * S::kBytes + 1024;
   const cudaError_t error = allow_shared(matmul_int4_wgmma_kernel<kRows, kGroup>, shared, seen);
   if (error != cudaSuccess) return error;
-  return launch_grid(matmul_int4_wgmma_kernel<kRows, kGroup>, args, dim3(clusters * 2), 384, shared, call, stream);
+  return launch_grid(matmul_int4_wgmma_kernel<kRows, kGroup>, args, dim3(clusters * 2), kThreads<kRows>, shared,
+                     call, stream);
 }
 
 template <uint32_t kRows>
@@ -310,6 +322,7 @@ bool encode_maps(WgmmaArgs& args, const MatmulCall& call, const float* x_sums) {
   const MatmulWeight& first = call.part[0].weight;
   const uint64_t tiles64 = (first.cols + 63) / 64, groups = groups_of(first);
   const uint32_t stage_groups = kStageCols / first.group_elems, tile_rows = rows_of_tile(call.rows);
+  const uint32_t block_tiles = row_tiles_of_block(call.rows);
   bool good = encode(args.x, {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, call.x, tiles64 * 64, call.rows, uint64_t{call.ldx} * 2,
                               64, tile_rows, CU_TENSOR_MAP_SWIZZLE_128B});
   if (args.has_bias) {
@@ -321,11 +334,13 @@ bool encode_maps(WgmmaArgs& args, const MatmulCall& call, const float* x_sums) {
     const MatmulWeight& w = call.part[i].weight;
     const uint64_t row_tiles = (w.rows + 15) / 16;
     const auto group_plane = [&](CUtensorMap& map, CUtensorMapDataType type, const void* at, uint32_t bytes) {
-      return encode(map, {type, at, groups * 16, row_tiles, groups * 16 * bytes, stage_groups * 16, 8,
+      return encode(map, {type, at, groups * 16, row_tiles, groups * 16 * bytes, stage_groups * 16,
+                          block_tiles,
                           CU_TENSOR_MAP_SWIZZLE_NONE});
     };
     good = good && encode(args.part[i].values, {CU_TENSOR_MAP_DATA_TYPE_UINT32, w.values, tiles64 * 128, row_tiles,
-                                                tiles64 * 512, 256, 8, CU_TENSOR_MAP_SWIZZLE_NONE});
+                                                tiles64 * 512, 256, block_tiles,
+                                                CU_TENSOR_MAP_SWIZZLE_NONE});
     good = good && group_plane(args.part[i].scales, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, w.scales, 2);
     if (args.has_bias) good = good && group_plane(args.part[i].extra, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, w.bias, 2);
     if (args.has_zeros) good = good && group_plane(args.part[i].extra, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.zeros, 1);
@@ -372,7 +387,7 @@ cudaError_t matmul_int4_wgmma(const MatmulCall& call, cudaStream_t stream) {
     part.rows = from.weight.rows;
     part.first_block = blocks;
     part.scale = from.weight.scale;
-    blocks += (from.weight.rows + kBlockRows - 1) / kBlockRows;
+    blocks += blocks_of(from.weight, call.rows);
   }
   args.row_scale = call.row_scale;
   args.counters = static_cast<uint32_t*>(call.workspace);

@@ -5,15 +5,12 @@
 // A group of columns has a scale of its own for each row of W, so its products meet in a fresh sum of kRows/2 registers
 // a thread, which is then scaled into the totals. Two ways to keep the tensor cores busy meanwhile:
 //
-//     in turns, kRows = 128 (sums and totals fill the registers):
+//     in turns, kRows = 128 (sums and totals fill the registers, so two warpgroups multiply):
 //       warpgroup 1   | products j | unpack, scale |  products j+1 | unpack, scale |
 //       warpgroup 2   |   scale    |  products j   | unpack, scale |  products j+1 |
-//     in a chain, kRows = 32 and 64 (two sums fit): each warpgroup has the products of one group on their way while it
-//     scales the sum of the group before and unpacks the group behind.
-//
-// Measured on an H100 (28672 x 8192, groups of 128): with 128 rows a tile the chain is 4% slower, with 64 rows turns
-// are 5% slower. What bounds both below 128 rows is the latency of some 200 instructions a group at two warps a
-// scheduler, neither memory nor tensor cores.
+//     each alone, kRows = 32 and 64: four warpgroups, each unpacks, multiplies, waits and scales in order, and does
+//     not know of the others. Some 200 instructions a group depend on each other; at two warps a scheduler (as with
+//     128 rows) they, neither memory nor the tensor cores, would be the bound.
 #pragma once
 
 #include "cuda/matmul.hpp"
@@ -40,15 +37,18 @@ struct WgmmaArgs {
 
 namespace wgmma {
 
-inline constexpr uint32_t kBlockRows = 128;
 inline constexpr uint32_t kStageCols = 128;
-inline constexpr uint32_t kValueBytes = 8 * 1024;
+
+// Warpgroups of a block that multiply, 64 rows of W each.
+template <uint32_t kRows>
+inline constexpr uint32_t kMultipliers = kRows == 128 ? 2 : 4;
 
 // Where a stage in shared memory holds what, in bytes.
 template <uint32_t kRows, uint32_t kGroup>
 struct Stage {
-  static constexpr uint32_t kGroups = kStageCols / kGroup;
-  static constexpr uint32_t kScaleBytes = 8 * kGroups * 32, kSumBytes = kGroups * kRows * 4;
+  static constexpr uint32_t kGroups = kStageCols / kGroup, kRowTiles = kMultipliers<kRows> * 4;
+  static constexpr uint32_t kValueBytes = kRowTiles * 1024;
+  static constexpr uint32_t kScaleBytes = kRowTiles * kGroups * 32, kSumBytes = kGroups * kRows * 4;
   static constexpr uint32_t kValues = kRows * kStageCols * 2;  // behind x
   static constexpr uint32_t kScales = kValues + kValueBytes, kExtra = kScales + kScaleBytes;
   static constexpr uint32_t kSums = kExtra + kScaleBytes;
@@ -99,7 +99,7 @@ struct Work {
 
 // Where this block's tile of a pair lies.
 struct Tile {
-  uint32_t part, block, x_row;  // block: of 128 rows of the part
+  uint32_t part, block, x_row;  // block: which tile of the part
 
   __device__ __forceinline__ Tile(const WgmmaArgs& a, uint32_t pair, uint32_t rows_of_x) {
     const uint32_t row = pair / a.row_blocks;
@@ -149,8 +149,8 @@ struct Producer {
   }
   __device__ __forceinline__ void ask_weights() const {
     const WgmmaArgs::Part& p = a.part[tile.part];
-    const uint32_t to = stages + place.slot * S::kBytes, barrier = full + place.slot * 8, row = tile.block * 8;
-    const uint32_t k = item.first, group_at = k * S::kGroups * 16;
+    const uint32_t to = stages + place.slot * S::kBytes, barrier = full + place.slot * 8;
+    const uint32_t k = item.first, group_at = k * S::kGroups * 16, row = tile.block * S::kRowTiles;
     const uint32_t extra = a.has_bias ? S::kScaleBytes + S::kSumBytes : a.has_zeros ? S::kScaleBytes / 2 : 0;
     barrier_expect(barrier, S::kExtra + extra);
     tensor_copy(to + S::kValues, &p.values, k * 256, row, barrier);
@@ -189,12 +189,11 @@ template <uint32_t kRows, uint32_t kGroup>
 struct Walk {
   const uint8_t* stages;
   uint32_t full, empty;
-  uint32_t half, tile, lane;  // half: which warpgroup; tile: row tile of the block
+  uint32_t warpgroup, tile, lane;  // warpgroup: of those that multiply; tile: row tile of the block
   bool has_zeros, has_bias;
   Int4Zero zero;  // where groups have none of their own
   Place<Stage<kRows, kGroup>::kCount> place;
-  uint32_t left;      // stages of this item that are still to be entered, and the present one
-  uint32_t finished;  // barrier of the stage whose last group is the one before, or 0
+  uint32_t left;  // stages of this item that are still to be entered, and the present one
 
   __device__ __forceinline__ const uint8_t* stage() const { return stages + place.slot * Stage<kRows, kGroup>::kBytes; }
   // For descriptors, in units of 16 bytes. Broadcast, so that the compiler knows it is one for all lanes and keeps
@@ -204,17 +203,44 @@ struct Walk {
   }
 };
 
-// One group of a warp's row tile as it is stored, in registers.
+// Parameters and words of one group of a warp's row tile. Words: 64 columns, the `part`-th of the group.
+template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
+__device__ __forceinline__ float2 group_scales(const Walk<kRows, kGroup>& w, const uint8_t* stage) {
+  using S = Stage<kRows, kGroup>;
+  const __half* scales =
+      reinterpret_cast<const __half*>(stage + S::kScales) + (w.tile * S::kGroups + kIndex) * 16 + w.lane / 4;
+  return {__half2float(scales[0]), __half2float(scales[8])};
+}
+
+template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
+__device__ __forceinline__ Int4Zero group_zero(const Walk<kRows, kGroup>& w, const uint8_t* stage) {
+  using S = Stage<kRows, kGroup>;
+  if (!w.has_zeros) return w.zero;
+  const uint8_t* zeros = stage + S::kExtra + (w.tile * S::kGroups + kIndex) * 16 + w.lane / 4;
+  return int4_zero(zeros[0], zeros[8]);
+}
+
+template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
+__device__ __forceinline__ uint4 load_words(const Walk<kRows, kGroup>& w, const uint8_t* stage, uint32_t part) {
+  return load_shared16(shared_address(stage) + Stage<kRows, kGroup>::kValues + w.tile * 1024 +
+                       (kIndex * kGroup / 64 + part) * 512 + w.lane * 16);
+}
+
+// One of the words, chosen at compile time.
+__device__ __forceinline__ uint32_t word_of(const uint4& w, uint32_t i) {
+  return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w;
+}
+
+// One group as it is stored, in registers.
 template <uint32_t kGroup>
 struct Packed {
   uint4 words[(kGroup + 63) / 64];
   Int4Zero zero;
-  float s0, s8;  // scales of rows g and g + 8
+  float2 scales;  // of rows g and g + 8
 
   // 16 columns; `k16` counts them from the start of the words' first 64 columns.
   __device__ __forceinline__ Fragment fragment(uint32_t k16) const {
-    const uint4& w = words[k16 / 4];
-    return fragment_int4(k16 % 4 == 0 ? w.x : k16 % 4 == 1 ? w.y : k16 % 4 == 2 ? w.z : w.w, zero);
+    return fragment_int4(word_of(words[k16 / 4], k16 % 4), zero);
   }
 };
 
@@ -225,18 +251,10 @@ __device__ __forceinline__ void stay_here(Fragment& f) {
 
 template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
 __device__ __forceinline__ void load_packed(const Walk<kRows, kGroup>& w, const uint8_t* stage, Packed<kGroup>& out) {
-  using S = Stage<kRows, kGroup>;
-  const uint32_t at = (w.tile * S::kGroups + kIndex) * 16 + w.lane / 4;
-  const __half* scales = reinterpret_cast<const __half*>(stage + S::kScales) + at;
 #pragma unroll
-  for (uint32_t i = 0; i < (kGroup + 63) / 64; ++i) {
-    out.words[i] = load_shared16(shared_address(stage) + S::kValues + w.tile * 1024 + (kIndex * kGroup / 64 + i) * 512 +
-                                 w.lane * 16);
-  }
-  out.s0 = __half2float(scales[0]);
-  out.s8 = __half2float(scales[8]);
-  out.zero = w.zero;
-  if (w.has_zeros) out.zero = int4_zero(stage[S::kExtra + at], stage[S::kExtra + at + 8]);
+  for (uint32_t i = 0; i < (kGroup + 63) / 64; ++i) out.words[i] = load_words<kRows, kGroup, kIndex>(w, stage, i);
+  out.scales = group_scales<kRows, kGroup, kIndex>(w, stage);
+  out.zero = group_zero<kRows, kGroup, kIndex>(w, stage);
 }
 
 // total += bias * sum of x over the group.
@@ -260,18 +278,18 @@ __device__ __forceinline__ void add_bias(const Walk<kRows, kGroup>& w, const uin
 
 // total += scale * sum.
 template <uint32_t kRows>
-__device__ __forceinline__ void scale_in(float s0, float s8, const float (&sum)[kRows / 2], float (&total)[kRows / 2]) {
+__device__ __forceinline__ void scale_in(float2 scales, const float (&sum)[kRows / 2], float (&total)[kRows / 2]) {
 #pragma unroll
-  for (uint32_t i = 0; i < kRows / 2; ++i) total[i] = fmaf(i / 2 % 2 == 0 ? s0 : s8, sum[i], total[i]);
+  for (uint32_t i = 0; i < kRows / 2; ++i) total[i] = fmaf(i / 2 % 2 == 0 ? scales.x : scales.y, sum[i], total[i]);
 }
 
 // The two warpgroups issue their products in turns: issued together they would share the tensor cores evenly, end
 // together, and leave them idle while both scale.
-__device__ __forceinline__ void wait_turn(uint32_t half) {
-  asm volatile("bar.sync %0, 256;" ::"r"(3 + half) : "memory");
+__device__ __forceinline__ void wait_turn(uint32_t warpgroup) {
+  asm volatile("bar.sync %0, 256;" ::"r"(3 + warpgroup) : "memory");
 }
-__device__ __forceinline__ void pass_turn(uint32_t half) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(4 - half) : "memory");
+__device__ __forceinline__ void pass_turn(uint32_t warpgroup) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(4 - warpgroup) : "memory");
 }
 
 // The same with the first half of it ready for the tensor cores.
@@ -306,7 +324,7 @@ __device__ __forceinline__ void multiply_group(Walk<kRows, kGroup>& w, const Rea
     wgmma_step(sum, f, x_descriptor(x + (k16 / 4 * (S::kValues / 2) + k16 % 4 * 32) / 16), k != 0);
   };
   Fragment tail[kHead];
-  wait_turn(w.half);
+  wait_turn(w.warpgroup);
 #pragma unroll
   for (uint32_t k = 0; k < kHead; ++k) {
     wgmma_fence();  // for the registers written behind the product before
@@ -318,7 +336,7 @@ __device__ __forceinline__ void multiply_group(Walk<kRows, kGroup>& w, const Rea
 #pragma unroll
   for (uint32_t k = 0; k < kHead; ++k) multiply(tail[k], kHead + k);
   wgmma_commit();
-  pass_turn(w.half);
+  pass_turn(w.warpgroup);
 #pragma unroll
   for (uint32_t k = 0; k < kHead; ++k) {
     next.head[k] = next.packed.fragment(kNext * kSteps % 4 + k);
@@ -327,7 +345,7 @@ __device__ __forceinline__ void multiply_group(Walk<kRows, kGroup>& w, const Rea
   wgmma_wait<0>();
   if (w.has_bias) add_bias<kRows, kGroup, kIndex>(w, stage, total);
   if (kLast && w.lane < 2) barrier_arrive_at(done, w.lane);
-  scale_in<kRows>(now.packed.s0, now.packed.s8, sum, total);
+  scale_in<kRows>(now.packed.scales, sum, total);
 }
 
 // All stages of an item. Two sets of weights take turns by name: copied from one to the other, registers that a wgmma
@@ -360,100 +378,68 @@ __device__ __forceinline__ void multiply_item_in_turns(Walk<kRows, kGroup>& w, f
   }
 }
 
-// One group of a warp's row tile, ready for the tensor cores; scales of rows g and g + 8.
-template <uint32_t kGroup>
-struct Unpacked {
-  Fragment f[kGroup / 16];
-  float s0, s8;
-};
-
-// Unpacks group kIndex of the present stage, and adds what its bias comes to.
+// total += scale * (group's weights * x). The warpgroup waits for its own products; the others keep the tensor cores
+// busy. 64 columns at a time, so that registers suffice. `words`: the group's first, and then those of the group behind
+// it, which are loaded while products are on their way.
 template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
-__device__ __forceinline__ void prepare(Walk<kRows, kGroup>& w, Unpacked<kGroup>& out, float (&total)[kRows / 2]) {
-  if (kIndex == 0) barrier_wait(w.full + w.place.slot * 8, w.place.parity);
-  Packed<kGroup> packed;
-  load_packed<kRows, kGroup, kIndex>(w, w.stage(), packed);
-#pragma unroll
-  for (uint32_t k = 0; k < kGroup / 16; ++k) {
-    out.f[k] = packed.fragment(kIndex * (kGroup / 16) % 4 + k);
-    stay_here(out.f[k]);
-  }
-  out.s0 = packed.s0;
-  out.s8 = packed.s8;
-  if (w.has_bias) add_bias<kRows, kGroup, kIndex>(w, w.stage(), total);
-}
-
-// total += scale * sum, here and not later, when the next wgmma writes the sum.
-template <uint32_t kRows, uint32_t kGroup>
-__device__ __forceinline__ void finish(const Unpacked<kGroup>& group, float (&sum)[kRows / 2],
-                                       float (&total)[kRows / 2]) {
-#pragma unroll
-  for (uint32_t i = 0; i < kRows / 2; ++i) asm volatile("" : "+f"(sum[i]));
-  scale_in<kRows>(group.s0, group.s8, sum, total);
-#pragma unroll
-  for (uint32_t i = 0; i < kRows / 2; ++i) asm volatile("" : "+f"(total[i]));
-}
-
-template <uint32_t kRows, uint32_t kGroup>
-__device__ __forceinline__ void release_stage(const Walk<kRows, kGroup>& w) {
-  if (w.lane < 2 && w.finished != 0) barrier_arrive_at(w.finished, w.lane);
-}
-
-// Products of the group `now`, which is prepared; what is left to do of the group before, `other`, while they are on
-// their way; then the group behind is prepared in its place.
-template <uint32_t kRows, uint32_t kGroup, uint32_t kIndex>
-__device__ __forceinline__ void step(Walk<kRows, kGroup>& w, const Unpacked<kGroup>& now, Unpacked<kGroup>& other,
-                                     float (&sum)[kRows / 2], float (&other_sum)[kRows / 2],
-                                     float (&total)[kRows / 2]) {
+__device__ __forceinline__ void multiply_group_alone(Walk<kRows, kGroup>& w, uint4& words, float (&total)[kRows / 2]) {
   using S = Stage<kRows, kGroup>;
-  const uint32_t x = w.x_address16();
-  wgmma_fence();
+  constexpr uint32_t kSteps = kGroup / 16, kBatch = kSteps < 4 ? kSteps : 4;
+  constexpr bool kLast = kIndex + 1 == S::kGroups;
+  const uint8_t* stage = w.stage();
+  const uint32_t x = w.x_address16(), done = w.empty + w.place.slot * 8;
+  const Int4Zero zero = group_zero<kRows, kGroup, kIndex>(w, stage);
+  float2 scales;
+  float sum[kRows / 2];
 #pragma unroll
-  for (uint32_t k = 0; k < kGroup / 16; ++k) {
-    const uint32_t k16 = kIndex * (kGroup / 16) + k;
-    wgmma_step(sum, now.f[k], x_descriptor(x + (k16 / 4 * (S::kValues / 2) + k16 % 4 * 32) / 16), k != 0);
+  for (uint32_t first = 0; first < kSteps; first += kBatch) {
+    Fragment f[kBatch];
+#pragma unroll
+    for (uint32_t k = 0; k < kBatch; ++k) {
+      f[k] = fragment_int4(word_of(words, kIndex * kSteps % 4 + k), zero);
+      stay_here(f[k]);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (uint32_t k = 0; k < kBatch; ++k) {
+      const uint32_t k16 = kIndex * kSteps + first + k;
+      wgmma_step(sum, f[k], x_descriptor(x + (k16 / 4 * (S::kValues / 2) + k16 % 4 * 32) / 16), first + k != 0);
+    }
+    wgmma_commit();
+    if (first + kBatch < kSteps) {
+      words = load_words<kRows, kGroup, kIndex>(w, stage, 1);
+    } else {
+      scales = group_scales<kRows, kGroup, kIndex>(w, stage);
+      if constexpr (kLast) {
+        w.place.next();
+        if (--w.left != 0) {
+          barrier_wait(w.full + w.place.slot * 8, w.place.parity);
+          words = load_words<kRows, kGroup, 0>(w, w.stage(), 0);
+        }
+      } else {
+        words = load_words<kRows, kGroup, kIndex + 1>(w, stage, 0);
+      }
+    }
+    wgmma_wait<0>();
   }
-  wgmma_commit();
-  wgmma_wait<1>();
-  if (kIndex == 0) release_stage(w);
-  finish<kRows, kGroup>(other, other_sum, total);
-  if constexpr (kIndex + 1 == S::kGroups) {
-    w.finished = w.empty + w.place.slot * 8;
-    w.place.next();
-    if (--w.left != 0) prepare<kRows, kGroup, 0>(w, other, total);
-  } else {
-    prepare<kRows, kGroup, kIndex + 1>(w, other, total);
-  }
+  if (w.has_bias) add_bias<kRows, kGroup, kIndex>(w, stage, total);
+  if (kLast && w.lane < 2) barrier_arrive_at(done, w.lane);
+  scale_in<kRows>(scales, sum, total);
 }
 
 // All stages of an item.
 template <uint32_t kRows, uint32_t kGroup>
-__device__ __forceinline__ void multiply_item_in_chain(Walk<kRows, kGroup>& w, float (&total)[kRows / 2]) {
+__device__ __forceinline__ void multiply_item_alone(Walk<kRows, kGroup>& w, float (&total)[kRows / 2]) {
   using S = Stage<kRows, kGroup>;
-  Unpacked<kGroup> even, odd = {};
-  float sum_even[kRows / 2], sum_odd[kRows / 2];
-#pragma unroll
-  for (uint32_t i = 0; i < kRows / 2; ++i) sum_odd[i] = 0;  // there is no group before the first
-  const auto drain = [&](const Unpacked<kGroup>& now, float(&sum)[kRows / 2]) {
-    wgmma_wait<0>();
-    release_stage(w);
-    w.finished = 0;
-    finish<kRows, kGroup>(now, sum, total);
-  };
-  prepare<kRows, kGroup, 0>(w, even, total);
-  // The item can end behind its stages' last groups only. The other exits are for the compiler, which follows products
-  // on their way from branch to branch, and without them serializes those of groups of 32 and 64.
+  barrier_wait(w.full + w.place.slot * 8, w.place.parity);
+  uint4 words = load_words<kRows, kGroup, 0>(w, w.stage(), 0);
 #pragma unroll 1
-  while (true) {
-    step<kRows, kGroup, 0>(w, even, odd, sum_even, sum_odd, total);
-    if (w.left == 0) return drain(even, sum_even);
-    step<kRows, kGroup, 1 % S::kGroups>(w, odd, even, sum_odd, sum_even, total);
-    if (w.left == 0) return drain(odd, sum_odd);
+  while (w.left != 0) {
+    multiply_group_alone<kRows, kGroup, 0>(w, words, total);
+    if constexpr (S::kGroups >= 2) multiply_group_alone<kRows, kGroup, 1>(w, words, total);
     if constexpr (S::kGroups == 4) {
-      step<kRows, kGroup, 2>(w, even, odd, sum_even, sum_odd, total);
-      if (w.left == 0) return drain(even, sum_even);
-      step<kRows, kGroup, 3>(w, odd, even, sum_odd, sum_even, total);
-      if (w.left == 0) return drain(odd, sum_odd);
+      multiply_group_alone<kRows, kGroup, 2>(w, words, total);
+      multiply_group_alone<kRows, kGroup, 3>(w, words, total);
     }
   }
 }
@@ -464,7 +450,7 @@ __device__ __forceinline__ void multiply_item(Walk<kRows, kGroup>& w, float (&to
 #pragma unroll
   for (uint32_t i = 0; i < kRows / 2; ++i) total[i] = 0;
   if constexpr (kRows == 128) multiply_item_in_turns<kRows, kGroup>(w, total);
-  else multiply_item_in_chain<kRows, kGroup>(w, total);
+  else multiply_item_alone<kRows, kGroup>(w, total);
 }
 
 #endif
