@@ -12,18 +12,27 @@ constexpr uint32_t kMatvecRows = 8;
 bool is_grouped(WeightFormat format) { return format == WeightFormat::int4 || format == WeightFormat::int8; }
 bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// How K is cut for the matvec: depends on K and the group alone, so that sums have one order for 1 to 8 rows.
+// How K is cut for the matvec (matvec.cuh): depends on K, the format and the group alone, so that sums have one order
+// for 1 to 8 rows.
 struct Cut {
-  uint32_t slabs, slice_tiles, fold;
+  uint32_t slabs, steps, step_tiles, fold;
 };
 
+uint32_t ceil_div(uint32_t value, uint32_t by) { return (value + by - 1) / by; }
+uint32_t tile_bytes(WeightFormat format) {
+  return format == WeightFormat::int4 ? 512 : format == WeightFormat::int8 ? 1024 : 2048;
+}
+
 Cut cut_columns(const MatmulWeight& weight) {
-  const uint32_t tiles = (weight.cols + 63) / 64;
+  const uint32_t tiles = ceil_div(weight.cols, 64);
+  const uint32_t share_tiles = kShareBytes / tile_bytes(weight.format);
   Cut cut = {};
-  cut.slabs = (tiles + kMatvecWarps * kSliceTiles - 1) / (kMatvecWarps * kSliceTiles);
-  cut.slice_tiles = (tiles + cut.slabs * kMatvecWarps - 1) / (cut.slabs * kMatvecWarps);
+  cut.slabs = ceil_div(tiles, kMatvecWarps * kSliceTiles);
+  const uint32_t slab_tiles = ceil_div(tiles, cut.slabs);
+  cut.steps = ceil_div(slab_tiles, kMatvecWarps * share_tiles);
+  cut.step_tiles = ceil_div(slab_tiles, kMatvecWarps * cut.steps);
   cut.fold = is_grouped(weight.format) ? weight.group_elems : 64;
-  if (cut.fold == 128 && cut.slice_tiles % 2 != 0) cut.fold = 64;
+  if (cut.fold == 128 && cut.step_tiles % 2 != 0) cut.fold = 64;
   return cut;
 }
 
@@ -114,7 +123,8 @@ cudaError_t run_matvec(const MatmulCall& call, cudaStream_t stream) {
   args.owns_rows = owns_rows(cut, call, processors);
   args.units = args.row_tiles * cut.slabs;
   args.col_tiles = (first.cols + 63) / 64;
-  args.slice_tiles = cut.slice_tiles;
+  args.steps = cut.steps;
+  args.step_tiles = cut.step_tiles;
   if (is_grouped(first.format)) {
     args.groups = (first.cols + first.group_elems - 1) / first.group_elems;
     args.group_shift = first.group_elems == 32 ? 5 : first.group_elems == 64 ? 6 : 7;

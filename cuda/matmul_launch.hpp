@@ -21,6 +21,24 @@ inline cudaError_t multiprocessors(uint32_t& out) {
   return error;
 }
 
+// Of the compute capability.
+inline cudaError_t compute_major(uint32_t& out) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  out = static_cast<uint32_t>(major);
+  return error;
+}
+
+// What a block may have, less what the kernels have besides what they ask for at the launch.
+inline cudaError_t shared_limit(uint32_t& out) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  out = static_cast<uint32_t>(std::max(most - 1024, 0));
+  return error;
+}
+
 // More than 48 KiB of shared memory have to be asked for, per kernel and device; `seen` remembers the devices.
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, uint32_t bytes, std::atomic<uint64_t>& seen) {
@@ -29,13 +47,12 @@ cudaError_t allow_shared(Kernel kernel, uint32_t bytes, std::atomic<uint64_t>& s
   if (error != cudaSuccess) return error;
   const uint64_t bit = uint64_t{1} << (device & 63);
   if ((seen.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
-  int most = 0;
-  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  uint32_t most = 0;
+  error = shared_limit(most);
   if (error != cudaSuccess) return error;
-  most -= 1024;  // what the kernels have besides
-  if (bytes > static_cast<uint32_t>(most)) return cudaErrorInvalidConfiguration;
-  error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (bytes > most) return cudaErrorInvalidConfiguration;
+  error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(most));
   if (error == cudaSuccess) seen.fetch_or(bit, std::memory_order_relaxed);
   return error;
 }

@@ -9,13 +9,16 @@
 // out         [M][ldo]                           FP32
 // partial     [slabs][ceil(N/16)][128]           FP32      workspace; [ceil(N/16)][128] where blocks own rows
 //
-// Schedule. K is cut into `slabs` of 8 slices, a slice is at most 512 columns and belongs to one warp of a block for
-// good, so that its activations stay in registers (B fragments, 64 of them; rows that are not there are zero, which is
-// why a row has the same bits in every company). A unit of work is 16 rows of W x one slab: at most 32 KiB of int4.
+// Schedule. K is cut into `slabs` of at most 4096 columns. A unit of work is 16 rows of W x one slab; it comes in steps
+// of 32 KiB (int4: one step, int8: two, f16: four), of which each of a block's 16 warps takes 16 rows x 2 KiB. A warp
+// meets the same columns in every unit of a slab, so their activations stay in registers (B fragments, 32 of them; rows
+// that are not there are zero, which is why a row has the same bits in every company). Four warps a scheduler are what
+// it takes: unpacking and multiplying a warp's share is one chain of some hundred instructions, and with two the chain
+// was the bound on an H200, at 60% of the memory's rate.
 //
 //             slab 0                          slab 1
 //      +---+---+---+---+- -+---+      +---+---+---+- -+---+
-//      |w0 |w1 |w2 |w3 |   |w7 |      |w0 |w1 |w2 |   |w7 |     row tile 0
+//      |w0 |w1 |w2 |w3 |   |w15|      |w0 |w1 |w2 |   |w15|     row tile 0
 //      +---+---+---+---+- -+---+      +---+---+---+- -+---+
 //      |   |   |   |   |   |   |      |   |   |   |   |   |     row tile 1
 //      +---+---+---+---+- -+---+      +---+---+---+- -+---+
@@ -25,18 +28,22 @@
 // [b U/G, (b+1) U/G), slab by slab, and leaves its sums in the workspace; the block that comes last to a row tile adds
 // the slabs in order: no float atomics, the same bits in every run.
 //
-// The first slab's activations are loaded when the kernel in front is done; those of later slabs come through the
-// rings. Each warp has its own ring of kDepth steps of 4 KiB and their scales in shared memory, which lane 0 keeps full
-// with the bulk copy engine (sm_80 to sm_89: every lane copies with cp.async the 16 bytes that it will read). So about
-// 70 KiB are on their way per multiprocessor, across units, with no register and no block-wide barrier in the way of
-// the loads, and the ring fills while the kernel in front is still running: weights do not depend on activations. The
-// eight warps' sums of a unit meet in shared memory, one block-wide barrier per unit.
+// Steps go through a ring in shared memory. On sm_90 a warp of its own asks the bulk copy engine for each step, which
+// is one run of memory for values and one for scales; the ring fills while the kernel in front is still running,
+// because weights do not depend on activations, and the activations of later slabs come through it as well. Three steps
+// deep: with more, what the ring asks for while a small kernel runs in front delays that kernel by more than it brings
+// (a norm takes 1.9 us with two, 3 with three or four, 5 with five; a pass of a 70B's layers is shortest with three).
+// On sm_80 to sm_89 every warp copies its own share with cp.async.
 //
-// Geometry: min(row tiles or U, multiprocessors) blocks of 256 threads, two fit on a multiprocessor: this kernel's and
-// the next one's.
+// The sixteen warps' sums of a unit meet in shared memory. Four warps add them, a quarter of the block for each unit in
+// turn, and only they wait for the others, who go on: barrier u % 4 is for unit u of a slab, and sums lie in one of
+// five places. A warp waits once in four units, for all warps to have come that far; so when it arrives at unit u + 4,
+// unit u's barrier is over, and when it writes unit u + 5's sums, those of u have been read.
+//
+// Geometry: min(row tiles or U, multiprocessors) blocks of 544 threads, one on a multiprocessor.
 // Bytes moved: values + scales, once; x once per block and slab, out of L2.
 // Compiled: int4 (symmetric, zeros, bias) and int8 with folds of 32, 64, 128 columns (64 also serves groups of 128
-// where slices are odd), f16, bf16.
+// where shares are odd), f16, bf16.
 #pragma once
 
 #include <type_traits>
@@ -46,12 +53,13 @@
 
 namespace sluice::cuda {
 
-inline constexpr uint32_t kMatvecWarps = 8;
-inline constexpr uint32_t kSliceTiles = 8;    // of 64 columns, in a warp's registers
-inline constexpr uint32_t kStepBytes = 4096;  // of values in one slot of a ring
-inline constexpr uint32_t kDepth = 3;
-inline constexpr uint32_t kXRows = 4, kXStride = 1040;  // of x in one slot: rows of 512 columns, padded off the banks
-inline constexpr uint32_t kStageStride = 144;  // bytes per row of a staged tile of x: 128, padded off the banks
+inline constexpr uint32_t kMatvecWarps = 16;
+inline constexpr uint32_t kMatvecThreads = kMatvecWarps * 32;
+inline constexpr uint32_t kSliceTiles = 4;                        // of 64 columns, in a warp's registers
+inline constexpr uint32_t kShareBytes = 2048;                     // of a step, for one warp
+inline constexpr uint32_t kStepBytes = kMatvecWarps * kShareBytes;
+inline constexpr uint32_t kMostDepth = 3;  // steps in the ring
+inline constexpr uint32_t kXRows = 4;                             // of x in one slot
 
 template <WeightFormat kFormat>
 struct TileOf;
@@ -72,8 +80,7 @@ struct TileOf<WeightFormat::bf16> {
   static constexpr uint32_t kBytes = 2048;
 };
 
-// What belongs to a group besides its scale. Branches on it inside a step would keep groups from overlapping, and a
-// warp alone with one group's chain of sums runs at half the speed.
+// What belongs to a group besides its scale. Branches on it inside a step would keep groups from overlapping.
 enum class GroupForm : uint8_t { symmetric, zeros, bias };
 
 // Where a slot holds what; the planes behind the values are as long as a step's groups.
@@ -97,35 +104,39 @@ struct MatvecArgs {
   float* partial;
   uint32_t* counters;  // one per row tile
   uint32_t ldx, rows, parts, row_tiles, slabs, units;
-  uint32_t col_tiles, slice_tiles;  // of 64 columns: of K, of one slice
-  uint32_t value_row_bytes;         // of one row tile
-  uint32_t groups, group_shift;     // per row; log2(group)
+  uint32_t col_tiles;          // of 64 columns
+  uint32_t steps, step_tiles;  // of a unit; of a warp's share of a step
+  uint32_t value_row_bytes;    // of one row tile
+  uint32_t groups, group_shift;  // per row; log2(group)
   SlotLayout slot;
-  uint32_t depth;  // slots of a ring
+  uint32_t depth;  // slots of the ring
   bool owns_rows, accumulate, weights_early, clear_ring;
 };
 
 namespace matvec {
 
-// What one step of a slice covers, in bytes of a row tile's values and in groups.
-template <WeightFormat kFormat>
-struct Slice {
-  static constexpr uint32_t kTile = TileOf<kFormat>::kBytes;
-  static constexpr uint32_t kStepTiles = kStepBytes / kTile;
-  static constexpr uint32_t kSteps = kSliceTiles / kStepTiles;
-#if __CUDA_ARCH__ >= 900
-  static constexpr bool kRingHoldsX = true;
+inline constexpr uint32_t kThreads = kMatvecThreads + 32;  // and the producer, idle before sm_90
+inline constexpr uint32_t kRegisters = 80;                 // leaves room beside the block for one of attention
+inline constexpr uint32_t kQuarters = 4, kQuarterWarps = kMatvecWarps / kQuarters;
+// Places for sums. Before sm_90 one will do: all warps meet in every step.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr uint32_t kSumSets = 1;
 #else
-  static constexpr bool kRingHoldsX = false;
+inline constexpr uint32_t kSumSets = 5;
 #endif
+inline constexpr uint32_t kSumBytes = kMatvecWarps * 512;  // of one
+inline constexpr uint32_t kXSumBytes = kMatvecWarps * 8 * 8 * 4;    // sums of x, only where weights have a bias
+inline constexpr uint32_t kListBytes = kMatvecThreads * 4;
 
-  static __device__ __forceinline__ uint32_t first_tile(const MatvecArgs& a, uint32_t slab, uint32_t warp) {
-    return min(a.col_tiles, (slab * kMatvecWarps + warp) * a.slice_tiles);
-  }
-  static __device__ __forceinline__ uint32_t end_tile(const MatvecArgs& a, uint32_t first) {
-    return min(a.col_tiles, first + a.slice_tiles);
-  }
-};
+// All warps that multiply.
+__device__ __forceinline__ void sync_warps() { asm volatile("bar.sync 1, %0;" ::"n"(kMatvecThreads) : "memory"); }
+// Of one unit: this warp's sums are there; all warps' are.
+__device__ __forceinline__ void sums_arrive(uint32_t quarter) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(2 + quarter), "n"(kMatvecThreads) : "memory");
+}
+__device__ __forceinline__ void sums_wait(uint32_t quarter) {
+  asm volatile("bar.sync %0, %1;" ::"r"(2 + quarter), "n"(kMatvecThreads) : "memory");
+}
 
 __device__ __forceinline__ uint32_t part_of(const MatvecArgs& a, uint32_t row_tile) {
   uint32_t part = 0;
@@ -133,173 +144,218 @@ __device__ __forceinline__ uint32_t part_of(const MatvecArgs& a, uint32_t row_ti
   return part;
 }
 
-// What a warp fetches next: the steps of its slice, row tile by row tile, slab by slab. The pointers walk; divisions
-// and products are only where a slab or a part begins.
-template <WeightFormat kFormat, GroupForm kForm>
-struct Producer {
-  using S = Slice<kFormat>;
-  static constexpr bool kGrouped = kFormat == WeightFormat::int4 || kFormat == WeightFormat::int8;
-  const uint8_t *values, *scales, *zeros_or_bias;
-  uint32_t left;  // steps
-  uint32_t row_tile, slab, boundary, step;
-  uint32_t wrap_to, wrap_at;  // row tiles where a slab's walk begins and ends
-  uint32_t x_steps = 0;       // sm_90: of the slab's activations, to be fetched before its weights
-  uint32_t slice_bytes, first;
+// A block's walk through its units.
+struct Walk {
+  uint32_t row_tile, slab, left;  // left: units, this one included
+  uint32_t first, end;            // row tiles where a slab's walk begins and ends
 
-  __device__ __forceinline__ void begin_run(const MatvecArgs& a, uint32_t warp) {
-    const uint32_t part = part_of(a, row_tile);
-    const MatvecArgs::Part& p = a.part[part];
-    boundary = min(wrap_at, part + 1 < a.parts ? a.part[part + 1].first_tile : a.row_tiles);
-    first = S::first_tile(a, slab, warp);
-    const uint32_t tile = row_tile - p.first_tile;
-    const uint32_t begin = first * S::kTile, end = min(S::end_tile(a, first) * S::kTile, a.value_row_bytes);
-    slice_bytes = end > begin ? end - begin : 0;
-    values = p.values + uint64_t{tile} * a.value_row_bytes + begin;
-    if constexpr (kGrouped) {
-      const uint64_t group = uint64_t{tile} * a.groups;
-      scales = p.scales + group * 32;
-      if constexpr (kForm == GroupForm::zeros) zeros_or_bias = p.zeros + group * 16;
-      if constexpr (kForm == GroupForm::bias) zeros_or_bias = p.bias + group * 32;
-    }
+  explicit __device__ __forceinline__ Walk(const MatvecArgs& a) {
+    const uint32_t walked = a.owns_rows ? a.row_tiles : a.units;
+    const uint32_t from = static_cast<uint32_t>(uint64_t{blockIdx.x} * walked / gridDim.x);
+    const uint32_t to = static_cast<uint32_t>(uint64_t{blockIdx.x + 1} * walked / gridDim.x);
+    slab = a.owns_rows ? 0 : from / a.row_tiles;
+    row_tile = from - slab * a.row_tiles;
+    left = (to - from) * (a.owns_rows ? a.slabs : 1);
+    first = a.owns_rows ? from : 0;
+    end = a.owns_rows ? to : a.row_tiles;
   }
-
-  __device__ __forceinline__ void advance(const MatvecArgs& a, uint32_t warp) {
+  // True where another slab begins.
+  __device__ __forceinline__ bool next() {
     --left;
-    if (S::kSteps > 1 && ++step < S::kSteps) return;
-    step = 0;
-    values += a.value_row_bytes;
-    if constexpr (kGrouped) {
-      scales += a.groups * 32;
-      if constexpr (kForm == GroupForm::zeros) zeros_or_bias += a.groups * 16;
-      if constexpr (kForm == GroupForm::bias) zeros_or_bias += a.groups * 32;
-    }
-    if (++row_tile < boundary) return;
-    if (row_tile == wrap_at) {
-      row_tile = wrap_to;
-      ++slab;
-      if (left != 0) x_steps = (a.rows + kXRows - 1) / kXRows;
-    }
-    begin_run(a, warp);
-  }
-
-#if __CUDA_ARCH__ >= 900
-  // Four rows of the warp's slice of x, kXStride bytes apart.
-  __device__ __forceinline__ void fetch_activations(const MatvecArgs& a, uint32_t warp, uint32_t lane, uint32_t slot,
-                                                    uint32_t barrier) {
-    const uint32_t bytes = (S::end_tile(a, first) - first) * 128;
-    const uint32_t row = ((a.rows + kXRows - 1) / kXRows - x_steps) * kXRows, rows = min(a.rows - row, kXRows);
-    if (lane == 0) barrier_expect(barrier, bytes * rows);
-    __syncwarp();
-    if (lane < rows && bytes != 0) {
-      bulk_copy(slot + lane * kXStride, a.x + uint64_t{row + lane} * a.ldx + first * 64, bytes, barrier,
-                evict_last_policy());
-    }
-  }
-#endif
-
-  // Starts the fetch of the next step into `slot`, and goes on to the one behind it.
-  __device__ __forceinline__ void fetch(const MatvecArgs& a, uint32_t warp, uint32_t lane, uint32_t slot,
-                                        uint32_t barrier, uint64_t policy) {
-    if (left == 0) return copy_commit();
-#if __CUDA_ARCH__ >= 900
-    if (x_steps != 0) {
-      fetch_activations(a, warp, lane, slot, barrier);
-      --x_steps;
-      return;
-    }
-#endif
-    const uint32_t at = step * kStepBytes;
-    const uint32_t bytes = slice_bytes > at ? min(slice_bytes - at, kStepBytes) : 0;
-    uint32_t group = 0, groups = 0;
-    if (kGrouped && bytes != 0) {
-      const uint32_t tile = first + step * S::kStepTiles;
-      group = tile << 6 >> a.group_shift;
-      groups = min(a.groups, (((tile << 6) + bytes / S::kTile * 64 - 1) >> a.group_shift) + 1) - group;
-    }
-    const uint32_t extra = kForm == GroupForm::zeros ? 16 : kForm == GroupForm::bias ? 32 : 0;
-    const uint32_t extra_at = kForm == GroupForm::zeros ? a.slot.zeros : a.slot.bias;
-#if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
-      barrier_expect(barrier, bytes + groups * (32 + extra));
-      if (bytes != 0) {
-        bulk_copy(slot, values + at, bytes, barrier, policy);
-        if (kGrouped) bulk_copy(slot + a.slot.scales, scales + group * 32, groups * 32, barrier, policy);
-        if (extra != 0) bulk_copy(slot + extra_at, zeros_or_bias + group * extra, groups * extra, barrier, policy);
-      }
-    }
-#else
-#pragma unroll
-    for (uint32_t i = 0; i < kStepBytes; i += 512) {
-      if (i < bytes) copy16(slot + i + lane * 16, values + at + i + lane * 16, true);
-    }
-    for (uint32_t i = lane * 16; i < groups * 32; i += 512)
-      copy16(slot + a.slot.scales + i, scales + group * 32 + i, true);
-    for (uint32_t i = lane * 16; i < groups * extra; i += 512) {
-      copy16(slot + extra_at + i, zeros_or_bias + group * extra + i, true);
-    }
-    copy_commit();
-#endif
-    advance(a, warp);
+    if (++row_tile != end) return false;
+    row_tile = first;
+    ++slab;
+    return left != 0;
   }
 };
 
-// The warp's activations: x[tile][word][half], rows from a.rows on and tiles past the slice zero.
+// The run of memory that is a step of a unit.
+template <WeightFormat kFormat, GroupForm kForm>
+struct Step {
+  static constexpr bool kGrouped = kFormat == WeightFormat::int4 || kFormat == WeightFormat::int8;
+  static constexpr uint32_t kTile = TileOf<kFormat>::kBytes;
+  const uint8_t *values, *scales, *extra;  // extra: zeros or bias
+  uint32_t bytes, groups;
+
+  __device__ __forceinline__ Step(const MatvecArgs& a, const Walk& at, uint32_t step) {
+    const MatvecArgs::Part& p = a.part[part_of(a, at.row_tile)];
+    const uint32_t tiles = kMatvecWarps * a.step_tiles;
+    const uint32_t first = min(a.col_tiles, (at.slab * a.steps + step) * tiles), last = min(a.col_tiles, first + tiles);
+    const uint64_t row_tile = at.row_tile - p.first_tile;
+    bytes = min(last * kTile, a.value_row_bytes) - min(first * kTile, a.value_row_bytes);
+    values = p.values + row_tile * a.value_row_bytes + first * kTile;
+    groups = 0;
+    scales = extra = nullptr;
+    if (kGrouped && bytes != 0) {
+      const uint32_t group = (first << 6) >> a.group_shift;
+      groups = min(a.groups, (((last << 6) - 1) >> a.group_shift) + 1) - group;
+      const uint64_t at_group = row_tile * a.groups + group;
+      scales = p.scales + at_group * 32;
+      if constexpr (kForm == GroupForm::zeros) extra = p.zeros + at_group * 16;
+      if constexpr (kForm == GroupForm::bias) extra = p.bias + at_group * 32;
+    }
+  }
+  static constexpr uint32_t kExtraBytes = kForm == GroupForm::zeros ? 16 : kForm == GroupForm::bias ? 32 : 0;
+  static __device__ __forceinline__ uint32_t extra_at(const MatvecArgs& a) {
+    return kForm == GroupForm::zeros ? a.slot.zeros : a.slot.bias;
+  }
+};
+
+// Bytes from one row of a slab's x to the next in a slot: padded off the banks.
+__device__ __forceinline__ uint32_t x_stride(const MatvecArgs& a) {
+  return a.steps * a.step_tiles * kMatvecWarps * 128 + 16;
+}
+
+// A place in the ring.
+struct Place {
+  uint32_t slot = 0, parity = 0;
+  __device__ __forceinline__ void next(uint32_t depth) {
+    if (++slot == depth) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+#if __CUDA_ARCH__ >= 900
+// The producer's whole life, by one thread: every step of every unit, and in front of each slab but the first its
+// activations.
+template <WeightFormat kFormat, GroupForm kForm>
+__device__ __forceinline__ void produce(const MatvecArgs& a, uint32_t ring, uint32_t full, uint32_t empty) {
+  using S = Step<kFormat, kForm>;
+  const uint64_t policy = evict_first_policy();
+  Place place;
+  uint32_t filled = 0;
+  bool waited = false;
+  const auto wait = [&] {
+    if (!waited) wait_for_previous_kernel();
+    waited = true;
+  };
+  const auto next_slot = [&] {
+    if (filled++ >= a.depth) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
+    return ring + place.slot * a.slot.bytes;
+  };
+  if (!a.weights_early) wait();
+  Walk walk(a);
+  while (walk.left != 0) {
+#pragma unroll 1
+    for (uint32_t step = 0; step < a.steps; ++step) {
+      const S s(a, walk, step);
+      const uint32_t slot = next_slot(), barrier = full + place.slot * 8;
+      barrier_expect(barrier, s.bytes + s.groups * (32 + S::kExtraBytes));
+      if (s.bytes != 0) bulk_copy(slot, s.values, s.bytes, barrier, policy);
+      if (s.groups != 0) bulk_copy(slot + a.slot.scales, s.scales, s.groups * 32, barrier, policy);
+      if (S::kExtraBytes != 0 && s.groups != 0) {
+        bulk_copy(slot + S::extra_at(a), s.extra, s.groups * S::kExtraBytes, barrier, policy);
+      }
+      place.next(a.depth);
+    }
+    if (!walk.next()) continue;
+    wait();
+    const uint32_t tiles = a.steps * a.step_tiles * kMatvecWarps, first = walk.slab * tiles;
+    const uint32_t bytes = (min(a.col_tiles, first + tiles) - first) * 128;
+#pragma unroll 1
+    for (uint32_t row = 0; row < a.rows; row += kXRows) {
+      const uint32_t slot = next_slot(), barrier = full + place.slot * 8, rows = min(a.rows - row, kXRows);
+      barrier_expect(barrier, bytes * rows);
+      for (uint32_t i = 0; i < rows; ++i) {
+        bulk_copy(slot + i * x_stride(a), a.x + uint64_t{row + i} * a.ldx + first * 64, bytes, barrier,
+                  evict_last_policy());
+      }
+      place.next(a.depth);
+    }
+  }
+}
+#else
+// A warp's share of a step, on its way into the slot. Groups that two warps share are copied by both.
+template <WeightFormat kFormat, GroupForm kForm>
+__device__ __forceinline__ void copy_share(const MatvecArgs& a, const Walk& at, uint32_t step, uint8_t* slot,
+                                           uint32_t warp, uint32_t lane) {
+  using S = Step<kFormat, kForm>;
+  const S s(a, at, step);
+  const uint32_t share = a.step_tiles * S::kTile, begin = warp * share, end = min(s.bytes, begin + share);
+  for (uint32_t i = begin + lane * 16; i < end; i += 512) copy16(shared_address(slot + i), s.values + i, true);
+  if constexpr (S::kGrouped) {
+    const uint32_t tile = warp * a.step_tiles, first = (tile << 6) >> a.group_shift;
+    const uint32_t last = min(s.groups, ((((tile + a.step_tiles) << 6) - 1) >> a.group_shift) + 1);
+    for (uint32_t i = first * 32 + lane * 16; i < last * 32; i += 512) {
+      copy16(shared_address(slot + a.slot.scales + i), s.scales + i, true);
+    }
+    constexpr uint32_t kExtra = S::kExtraBytes;
+    for (uint32_t i = first * kExtra + lane * 16; i < last * kExtra; i += 512) {
+      copy16(shared_address(slot + S::extra_at(a) + i), s.extra + i, true);
+    }
+  }
+}
+
+// Until at most `pending` of this thread's newest groups of copies are on their way.
+__device__ __forceinline__ void copy_wait_but(uint32_t pending) {
+  switch (pending) {
+    case 0: return copy_wait<0>();
+    case 1: return copy_wait<1>();
+    default: return copy_wait<2>();
+  }
+}
+#endif
+
+// The warp's activations: x[tile][word][half], rows from a.rows on and tiles past K zero. Tile i is of step i / (tiles
+// of a share).
 struct Activations {
   uint32_t b[kSliceTiles][4][2];
 };
 
-__device__ __forceinline__ void load_activations(const MatvecArgs& a, uint32_t first, uint32_t end, uint32_t lane,
-                                                 uint8_t* stage, Activations& x) {
-  const uint32_t g = lane >> 2, t = lane & 3;
-  const uint64_t policy = evict_last_policy();
-  uint4 raw[kSliceTiles][2];
-  const __half* row = a.x + uint64_t{min(g, a.rows - 1)} * a.ldx + first * 64 + t * 8;
+// Where tile i of the warp's share lies in a slab, in tiles; past it for tiles that the share does not have.
+template <WeightFormat kFormat>
+__device__ __forceinline__ uint32_t tile_in_slab(const MatvecArgs& a, uint32_t warp, uint32_t i) {
+  constexpr uint32_t kStepTiles = kShareBytes / TileOf<kFormat>::kBytes;
+  const uint32_t step = i / kStepTiles, within = i % kStepTiles;
+  if (step >= a.steps || within >= a.step_tiles) return ~0u;
+  return (step * kMatvecWarps + warp) * a.step_tiles + within;
+}
+
+template <WeightFormat kFormat>
+__device__ __forceinline__ void load_activations(const MatvecArgs& a, uint32_t slab, uint32_t warp, uint32_t lane,
+                                                 Activations& x) {
+  const uint32_t g = lane >> 2, t = lane & 3, first = slab * a.steps * a.step_tiles * kMatvecWarps;
+  const __half* row = a.x + uint64_t{min(g, a.rows - 1)} * a.ldx + t * 2;
 #pragma unroll
   for (uint32_t i = 0; i < kSliceTiles; ++i) {
-    const bool there = g < a.rows && first + i < end;
-    raw[i][0] = there ? load_kept(row + i * 64, policy) : make_uint4(0, 0, 0, 0);
-    raw[i][1] = there ? load_kept(row + i * 64 + 32, policy) : make_uint4(0, 0, 0, 0);
-  }
-  const uint32_t from = shared_address(stage) + (lane & 7) * kStageStride + (lane >> 3) * 16;
+    const uint32_t tile = tile_in_slab<kFormat>(a, warp, i);
+    const bool there = g < a.rows && tile != ~0u && first + tile < a.col_tiles;
 #pragma unroll
-  for (uint32_t i = 0; i < kSliceTiles; ++i) {
-    *reinterpret_cast<uint4*>(stage + g * kStageStride + t * 16) = raw[i][0];
-    *reinterpret_cast<uint4*>(stage + g * kStageStride + 64 + t * 16) = raw[i][1];
-    __syncwarp();
-    uint32_t low[4], high[4];
-    load_matrices(low, from);
-    load_matrices(high, from + 64);
-#pragma unroll
-    for (uint32_t c = 0; c < 4; ++c) {
-      x.b[i][c / 2][c % 2] = low[c];
-      x.b[i][2 + c / 2][c % 2] = high[c];
+    for (uint32_t c = 0; c < 8; ++c) {
+      const uint32_t* from = reinterpret_cast<const uint32_t*>(row + uint64_t{first + tile} * 64 + c * 8);
+      x.b[i][c / 2][c % 2] = there ? __ldcg(from) : 0;
     }
-    __syncwarp();
   }
 }
 
-// Rows row..row+3 of the slice out of a slot of the ring into the fragments, whose other rows stay. Lanes g of those
+// Rows row..row+3 of the slab's x out of a slot of the ring into the fragments, whose other rows stay. Lanes g of those
 // rows alone take what ldmatrix gives; the addresses of the others repeat them.
-__device__ __forceinline__ void take_activations(const uint8_t* slot, uint32_t row, uint32_t rows, uint32_t tiles,
-                                                 uint32_t lane, Activations& x) {
-  const uint32_t g = lane >> 2;
+template <WeightFormat kFormat>
+__device__ __forceinline__ void take_activations(const MatvecArgs& a, uint32_t slab, uint32_t slot, uint32_t row,
+                                                 uint32_t warp, uint32_t lane, Activations& x) {
+  const uint32_t g = lane >> 2, first = slab * a.steps * a.step_tiles * kMatvecWarps;
   const bool mine = g >= row && g < row + kXRows;
-  const uint32_t from = shared_address(slot) + (lane & 3) * kXStride + (lane >> 3) * 16;
+  const uint32_t from = slot + (lane & 3) * x_stride(a) + (lane >> 3) * 16;
 #pragma unroll
   for (uint32_t i = 0; i < kSliceTiles; ++i) {
-    uint32_t low[4], high[4];
-    load_matrices(low, from + i * 128);
-    load_matrices(high, from + i * 128 + 64);
-    const bool there = g < rows && i < tiles;
+    const uint32_t tile = tile_in_slab<kFormat>(a, warp, i);
+    const bool there = tile != ~0u && first + tile < a.col_tiles;
+    uint32_t low[4] = {}, high[4] = {};
+    if (there) {
+      load_matrices(low, from + tile * 128);
+      load_matrices(high, from + tile * 128 + 64);
+    }
 #pragma unroll
     for (uint32_t c = 0; c < 4; ++c) {
-      if (mine) x.b[i][c / 2][c % 2] = there ? low[c] : 0;
-      if (mine) x.b[i][2 + c / 2][c % 2] = there ? high[c] : 0;
+      if (mine) x.b[i][c / 2][c % 2] = g < a.rows ? low[c] : 0;
+      if (mine) x.b[i][2 + c / 2][c % 2] = g < a.rows ? high[c] : 0;
     }
   }
 }
 
-// Sums of x over each group of the slice (fold width kFold), for weights with a bias: sums[fold][row of x].
+// Sums of x over each fold of the share, for weights with a bias: sums[fold][row of x].
 template <uint32_t kFold>
 __device__ __forceinline__ void sum_activations(const Activations& x, uint32_t lane, float* sums) {
   const Fragment ones = {{0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}};
@@ -322,10 +378,6 @@ struct GroupPlanes {
   const uint8_t* slot;
   const SlotLayout& layout;
 
-  __device__ __forceinline__ float2 scales(uint32_t group, uint32_t g) const {
-    const __half* s = reinterpret_cast<const __half*>(slot + layout.scales) + group * 16 + g;
-    return {__half2float(s[0]), __half2float(s[8])};
-  }
   __device__ __forceinline__ Int4Zero zero(uint32_t group, uint32_t g) const {
     if constexpr (kForm == GroupForm::zeros) {
       const uint8_t* z = slot + layout.zeros + group * 16 + g;
@@ -333,17 +385,19 @@ struct GroupPlanes {
     }
     return kForm == GroupForm::bias ? int4_zero(0, 0) : int4_zero(8, 8);
   }
+  // x_sums: of the fold, by row of x; only with a bias.
   __device__ __forceinline__ void fold(float (&total)[4], const float (&sum)[4], uint32_t group, uint32_t g, uint32_t t,
                                        const float* x_sums) const {
-    const float2 s = scales(group, g);
-    total[0] = fmaf(s.x, sum[0], total[0]);
-    total[1] = fmaf(s.x, sum[1], total[1]);
-    total[2] = fmaf(s.y, sum[2], total[2]);
-    total[3] = fmaf(s.y, sum[3], total[3]);
+    const __half* s = reinterpret_cast<const __half*>(slot + layout.scales) + group * 16 + g;
+    const float s0 = __half2float(s[0]), s8 = __half2float(s[8]);
+    total[0] = fmaf(s0, sum[0], total[0]);
+    total[1] = fmaf(s0, sum[1], total[1]);
+    total[2] = fmaf(s8, sum[2], total[2]);
+    total[3] = fmaf(s8, sum[3], total[3]);
     if constexpr (kForm == GroupForm::bias) {
       const __half* b = reinterpret_cast<const __half*>(slot + layout.bias) + group * 16 + g;
       const float b0 = __half2float(b[0]), b8 = __half2float(b[8]);
-      const float2 x = *reinterpret_cast<const float2*>(x_sums + t * 2);
+      const float2 x = *reinterpret_cast<const float2*>(x_sums + 2 * t);
       total[0] = fmaf(b0, x.x, total[0]);
       total[1] = fmaf(b0, x.y, total[1]);
       total[2] = fmaf(b8, x.x, total[2]);
@@ -352,16 +406,16 @@ struct GroupPlanes {
   }
 };
 
-// One step: adds its tiles to `total`. kStep is the step's number in the slice, which says what part of x it meets.
+// One step: adds the warp's share of it to `total`. kStep is the step's number in the unit, which says what part of x
+// it meets.
 template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm, uint32_t kStep>
 __device__ __forceinline__ void multiply_step(const MatvecArgs& a, const Activations& x, const uint8_t* slot,
-                                              const GroupPlanes<kForm>& planes, uint32_t first_tile, uint32_t lane,
-                                              const float* x_sums, float (&total)[4]) {
-  constexpr uint32_t kTiles = Slice<kFormat>::kStepTiles;
-  const uint32_t g = lane >> 2, t = lane & 3;
+                                              uint32_t warp, uint32_t lane, const float* x_sums, float (&total)[4]) {
+  constexpr uint32_t kTiles = kShareBytes / TileOf<kFormat>::kBytes;
+  const uint32_t g = lane >> 2, t = lane & 3, first_tile = warp * a.step_tiles;
   // One wide load per tile by name: left to itself the compiler loads word by word where it needs them, lanes 16 bytes
   // apart, which is four bank conflicts each time.
-  const uint32_t q = shared_address(slot) + lane * 16;
+  const uint32_t q = shared_address(slot) + first_tile * TileOf<kFormat>::kBytes + lane * 16;
   if constexpr (kFormat == WeightFormat::f16 || kFormat == WeightFormat::bf16) {
 #pragma unroll
     for (uint32_t i = 0; i < kTiles * 4; ++i) {
@@ -372,10 +426,11 @@ __device__ __forceinline__ void multiply_step(const MatvecArgs& a, const Activat
       else mma_bf16(total, f, b[0], b[1]);
     }
   } else {
-    const uint32_t base = (first_tile << 6) >> a.group_shift;  // group of the slot's first
+    const GroupPlanes<kForm> planes = {slot, a.slot};
+    const uint32_t base = (first_tile << 6) >> a.group_shift;  // group of the share's first tile, in the step
 #pragma unroll
     for (uint32_t fold = 0; fold < kTiles * 64 / kFold; ++fold) {
-      const uint32_t group = (kFold == 64 ? (((first_tile + fold) << 6) >> a.group_shift) - base : fold);
+      const uint32_t group = kFold == 64 ? ((first_tile + fold) << 6) >> a.group_shift : base + fold;
       float sum[4] = {0, 0, 0, 0};
       const Int4Zero zero = kFormat == WeightFormat::int4 ? planes.zero(group, g) : Int4Zero{};
       constexpr uint32_t kWide = kFormat == WeightFormat::int4 ? 64 : 32;  // columns of a lane's 16 bytes
@@ -417,9 +472,9 @@ __device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t f
   __shared__ uint32_t listed;
   const uint32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   fence_device();
-  for (uint32_t base = first_unit; base < end_unit; base += blockDim.x) {
+  for (uint32_t base = first_unit; base < end_unit; base += kMatvecThreads) {
     if (threadIdx.x == 0) listed = 0;
-    __syncthreads();
+    sync_warps();
     const uint32_t unit = base + threadIdx.x;
     if (unit < end_unit) {
       const uint32_t row_tile = unit % a.row_tiles;
@@ -429,7 +484,7 @@ __device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t f
       }
     }
     fence_device();
-    __syncthreads();
+    sync_warps();
     for (uint32_t i = warp; i < listed; i += kMatvecWarps) {
       const uint32_t row_tile = last_list[i];
       const float4* from = reinterpret_cast<const float4*>(a.partial + uint64_t{row_tile} * 128) + lane;
@@ -453,157 +508,143 @@ __device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t f
       write_out(a, row_tile, lane * 4 + 2, sum.z);
       write_out(a, row_tile, lane * 4 + 3, sum.w);
     }
-    __syncthreads();
+    sync_warps();
   }
 }
 
-inline constexpr uint32_t kStageBytes = kMatvecWarps * 8 * kStageStride;  // also two sets of the warps' sums
-inline constexpr uint32_t kSumsBytes = kMatvecWarps * 16 * 8 * 4;         // sums of x, only where weights have a bias
-inline constexpr uint32_t kListBytes = 256 * 4;
-static_assert(kStageBytes >= 2 * kMatvecWarps * 512, "");
-
-template <WeightFormat kFormat, uint32_t kFold, uint32_t kStep = 0, class Step>
-__device__ __forceinline__ void for_each_step(const Step& step) {
-  step(std::integral_constant<uint32_t, kStep>{});
-  if constexpr (kStep + 1 < Slice<kFormat>::kSteps) for_each_step<kFormat, kFold, kStep + 1>(step);
+template <WeightFormat kFormat, uint32_t kStep = 0, class Do>
+__device__ __forceinline__ void for_each_step(const Do& what) {
+  what(std::integral_constant<uint32_t, kStep>{});
+  constexpr uint32_t kSteps = kSliceTiles * TileOf<kFormat>::kBytes / kShareBytes;
+  if constexpr (kStep + 1 < kSteps) for_each_step<kFormat, kStep + 1>(what);
 }
 
 template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm>
-__global__ void __launch_bounds__(kMatvecWarps * 32, 2) matvec_kernel(const __grid_constant__ MatvecArgs a) {
-  using S = Slice<kFormat>;
+__global__ void __maxnreg__(kRegisters) matvec_kernel(const __grid_constant__ MatvecArgs a) {
+  constexpr uint32_t kXSums = kForm == GroupForm::bias ? kXSumBytes : 0;
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ uint64_t barriers[kMatvecWarps * kDepth];
+  __shared__ uint64_t barriers[2 * kMostDepth];
   // Broadcast, so that the compiler knows it is one for all lanes and keeps addresses in uniform registers.
   const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  uint8_t* stage = shared;
-  float* x_sums = reinterpret_cast<float*>(shared + kStageBytes) + warp * 128;
-  constexpr uint32_t kListAt = kStageBytes + (kForm == GroupForm::bias ? kSumsBytes : 0);
-  uint32_t* last_list = reinterpret_cast<uint32_t*>(shared + kListAt);
-#if __CUDA_ARCH__ >= 900
-  const uint32_t depth = a.depth;
-#else
-  constexpr uint32_t depth = kDepth;
-#endif
-  uint8_t* ring = shared + kListAt + kListBytes + warp * depth * a.slot.bytes;
-  const uint32_t ring_address = shared_address(ring), barrier = shared_address(barriers + warp * kDepth);
-
-  const uint32_t walked = a.owns_rows ? a.row_tiles : a.units;
-  const uint32_t begin = static_cast<uint32_t>(uint64_t{blockIdx.x} * walked / gridDim.x);
-  const uint32_t end = static_cast<uint32_t>(uint64_t{blockIdx.x + 1} * walked / gridDim.x);
-  const uint32_t units = (end - begin) * (a.owns_rows ? a.slabs : 1);
+  float* sums = reinterpret_cast<float*>(shared);  // [set][warp][lane][4]
+  uint32_t* last_list = reinterpret_cast<uint32_t*>(shared + kSumSets * kSumBytes);
+  float* x_sums = reinterpret_cast<float*>(shared + kSumSets * kSumBytes + kListBytes) + warp * 64;
+  uint8_t* ring = shared + kSumSets * kSumBytes + kListBytes + kXSums;
+  [[maybe_unused]] const uint32_t full = shared_address(barriers), empty = full + kMostDepth * 8;
   let_next_kernel_start();
   if (a.clear_ring) {
-    // Parts of a slot that no fetch fills meet zero activations; they must not be NaN for that.
-    for (uint32_t at = lane * 16; at < depth * a.slot.bytes; at += 512)
+    // Parts of a slot that no step fills meet zero activations; they must not be NaN for that.
+    for (uint32_t at = threadIdx.x * 16; at < a.depth * a.slot.bytes; at += kThreads * 16)
       *reinterpret_cast<uint4*>(ring + at) = make_uint4(0, 0, 0, 0);
   }
-  uint64_t policy = 0;
 #if __CUDA_ARCH__ >= 900
-  policy = evict_first_policy();
-  if (lane == 0) {
-    for (uint32_t i = 0; i < depth; ++i) barrier_init(barrier + i * 8, 1);
+  if (threadIdx.x == 0) {
+    for (uint32_t i = 0; i < a.depth; ++i) {
+      barrier_init(full + i * 8, 1);
+      barrier_init(empty + i * 8, kMatvecWarps);
+    }
     barrier_init_fence();
   }
   async_proxy_fence();
+  __syncthreads();
+  if (warp == kMatvecWarps) {
+    if (lane == 0) produce<kFormat, kForm>(a, shared_address(ring), full, empty);
+    return;
+  }
+#else
+  __syncthreads();
+  if (warp == kMatvecWarps) return;
+  Walk ahead(a);
+  uint32_t ahead_step = 0;
+  const auto copy_next = [&](uint32_t slot) {
+    if (ahead.left != 0) {
+      copy_share<kFormat, kForm>(a, ahead, ahead_step, ring + slot * a.slot.bytes, warp, lane);
+      if (++ahead_step == a.steps) {
+        ahead_step = 0;
+        ahead.next();
+      }
+    }
+    copy_commit();
+  };
+  for (uint32_t slot = 0; slot < a.depth; ++slot) copy_next(slot);
 #endif
-  __syncwarp();
+  wait_for_previous_kernel();
 
-  Producer<kFormat, kForm> next;
-  next.left = units * S::kSteps;
-  next.slab = a.owns_rows ? 0 : begin / a.row_tiles;
-  next.row_tile = begin - next.slab * a.row_tiles;
-  next.wrap_to = a.owns_rows ? begin : 0;
-  next.wrap_at = a.owns_rows ? end : a.row_tiles;
-  next.step = 0;
-  next.begin_run(a, warp);
-  uint32_t row_tile = next.row_tile, slab = next.slab;
-  if (!a.weights_early) wait_for_previous_kernel();
-  uint32_t filled = 0;
-#pragma unroll 1
-  for (; filled < depth && next.x_steps == 0; ++filled) {  // weights alone, so far
-    next.fetch(a, warp, lane, ring_address + filled * a.slot.bytes, barrier + filled * 8, policy);
-  }
-  if (a.weights_early) wait_for_previous_kernel();
-#pragma unroll 1
-  for (; filled < depth; ++filled) {
-    next.fetch(a, warp, lane, ring_address + filled * a.slot.bytes, barrier + filled * 8, policy);
-  }
-
-  Activations x;
-  uint32_t loaded_slab = ~0u, slot_index = 0, parity = 0, buffer = 0;
+  Place place;
   const auto wait_slot = [&] {
 #if __CUDA_ARCH__ >= 900
-    barrier_wait(barrier + slot_index * 8, parity);
+    barrier_wait(full + place.slot * 8, place.parity);
 #else
-    copy_wait<kDepth - 1>();
+    copy_wait_but(a.depth - 1);
     __syncwarp();
 #endif
   };
-  const auto refill_slot = [&] {
+  const auto release_slot = [&] {
+#if __CUDA_ARCH__ >= 900
     __syncwarp();
-    next.fetch(a, warp, lane, ring_address + slot_index * a.slot.bytes, barrier + slot_index * 8, policy);
-    if (++slot_index == depth) {
-      slot_index = 0;
-      parity ^= 1;
-    }
+    if (lane == 0) barrier_arrive(empty + place.slot * 8);
+#else
+    sync_warps();  // another warp may read groups that this one copies too
+    copy_next(place.slot);
+#endif
+    place.next(a.depth);
   };
+  Walk walk(a);
+  const uint32_t units = walk.left, first_unit = walk.slab * a.row_tiles + walk.row_tile;
+  Activations x;
+  load_activations<kFormat>(a, walk.slab, warp, lane, x);
+  if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
+  uint32_t quarter = 0, set = 0;  // of the unit
 #pragma unroll 1
-  for (uint32_t unit = 0; unit < units; ++unit) {
-    const uint32_t first = S::first_tile(a, slab, warp);
-    if (slab != loaded_slab && loaded_slab != ~0u && S::kRingHoldsX) {
-      const uint32_t end_tile = S::end_tile(a, first);
-      for (uint32_t row = 0; row < a.rows; row += kXRows) {
-        wait_slot();
-        take_activations(ring + slot_index * a.slot.bytes, row, a.rows, end_tile - first, lane, x);
-        refill_slot();
-      }
-      if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
-      loaded_slab = slab;
-    } else if (slab != loaded_slab) {
-      __syncthreads();  // the stage is where sums were
-      load_activations(a, first, S::end_tile(a, first), lane, stage + warp * 8 * kStageStride, x);
-      if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
-      __syncthreads();
-      loaded_slab = slab;
-    }
-    // This thread's output of the unit, if any, and what the slab before left of it: left by this very thread, since
-    // which half of the block adds up goes by the row tile.
+  while (walk.left != 0) {
+    // This thread's output, if its quarter adds: at / 4 is the lane that had it, at % 4 which of the four. And what the
+    // slab before left of it: left by this very thread, since quarters begin anew with each slab.
     const uint32_t at = threadIdx.x & 127;
-    const bool mine = (threadIdx.x >> 7) == (row_tile & 1) && 2 * ((at >> 2) & 3) + (at & 1) < a.rows;
+    const bool adds = warp / kQuarterWarps == quarter, mine = adds && 2 * ((at >> 2) & 3) + (at & 1) < a.rows;
     float before = 0;
-    if (a.owns_rows && slab > 0 && mine) before = __ldcg(a.partial + uint64_t{row_tile} * 128 + at);
+    if (a.owns_rows && walk.slab > 0 && mine) before = __ldcg(a.partial + uint64_t{walk.row_tile} * 128 + at);
     float total[4] = {0, 0, 0, 0};
-    for_each_step<kFormat, kFold>([&](auto step) {
+    for_each_step<kFormat>([&](auto step) {
       constexpr uint32_t kStep = decltype(step)::value;
+      if (kStep != 0 && kStep >= a.steps) return;
       wait_slot();
-      const uint8_t* slot = ring + slot_index * a.slot.bytes;
-      const GroupPlanes<kForm> planes = {slot, a.slot};
-      multiply_step<kFormat, kFold, kForm, kStep>(a, x, slot, planes, first + kStep * S::kStepTiles, lane, x_sums,
-                                                  total);
-      refill_slot();
+      multiply_step<kFormat, kFold, kForm, kStep>(a, x, ring + place.slot * a.slot.bytes, warp, lane, x_sums, total);
+      release_slot();
     });
-
-    float* sums = reinterpret_cast<float*>(stage) + buffer * kMatvecWarps * 128;
-    *reinterpret_cast<float4*>(sums + warp * 128 + lane * 4) = make_float4(total[0], total[1], total[2], total[3]);
-    __syncthreads();
-    if (mine) {
+    float* unit_sums = sums + set * kMatvecWarps * 128;
+    *reinterpret_cast<float4*>(unit_sums + warp * 128 + lane * 4) = make_float4(total[0], total[1], total[2], total[3]);
+    if (!adds) {
+      sums_arrive(quarter);
+    } else {
+      sums_wait(quarter);
       float sum = 0;
 #pragma unroll
-      for (uint32_t w = 0; w < kMatvecWarps; ++w) sum += sums[w * 128 + at];
+      for (uint32_t w = 0; w < kMatvecWarps; ++w) sum += unit_sums[w * 128 + at];
       sum += before;
-      if (a.owns_rows && slab + 1 == a.slabs) {
-        write_out(a, row_tile, at, sum);
-      } else {
-        a.partial[(uint64_t{a.owns_rows ? 0 : slab} * a.row_tiles + row_tile) * 128 + at] = sum;
+      if (mine && a.owns_rows && walk.slab + 1 == a.slabs) {
+        write_out(a, walk.row_tile, at, sum);
+      } else if (mine) {
+        a.partial[(uint64_t{a.owns_rows ? 0 : walk.slab} * a.row_tiles + walk.row_tile) * 128 + at] = sum;
       }
     }
-    buffer ^= 1;
-    if (++row_tile == next.wrap_at) {
-      row_tile = next.wrap_to;
-      ++slab;
+    quarter = (quarter + 1) % kQuarters;
+    set = set + 1 == kSumSets ? 0 : set + 1;
+    if (walk.next()) {
+      sync_warps();
+      quarter = 0;
+#if __CUDA_ARCH__ >= 900
+      for (uint32_t row = 0; row < a.rows; row += kXRows) {
+        wait_slot();
+        take_activations<kFormat>(a, walk.slab, shared_address(ring + place.slot * a.slot.bytes), row, warp, lane, x);
+        release_slot();
+      }
+#else
+      load_activations<kFormat>(a, walk.slab, warp, lane, x);
+#endif
+      if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
     }
   }
-  if (!a.owns_rows) finish_row_tiles(a, begin, end, last_list);
+  if (!a.owns_rows) finish_row_tiles(a, first_unit, first_unit + units, last_list);
 }
 
 }  // namespace matvec
@@ -611,31 +652,32 @@ __global__ void __launch_bounds__(kMatvecWarps * 32, 2) matvec_kernel(const __gr
 // Fills in the arguments that depend on the format and launches.
 template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm = GroupForm::symmetric>
 cudaError_t launch_matvec(MatvecArgs& args, const MatmulCall& call, cudaStream_t stream) {
-  using S = matvec::Slice<kFormat>;
+  constexpr uint32_t kTile = TileOf<kFormat>::kBytes;
   constexpr bool kGrouped = kFormat == WeightFormat::int4 || kFormat == WeightFormat::int8;
-  constexpr uint32_t kColTiles = kFormat == WeightFormat::f16 || kFormat == WeightFormat::bf16 ? 16 : 64;
-  const uint32_t cols = call.part[0].weight.cols;
-  args.value_row_bytes = (cols + kColTiles - 1) / kColTiles * (S::kTile * kColTiles / 64);
-  uint32_t step_groups = 0;
-  if (kGrouped) step_groups = kFold == 64 && args.group_shift == 7 ? S::kStepTiles / 2 + 1 : S::kStepTiles * 64 / kFold;
+  constexpr uint32_t kColTiles = kGrouped ? 64 : 16;
+  const uint32_t cols = call.part[0].weight.cols, tiles = kMatvecWarps * args.steps * args.step_tiles;
+  args.value_row_bytes = (cols + kColTiles - 1) / kColTiles * (kTile * kColTiles / 64);
+  const uint32_t step_groups = kGrouped ? kStepBytes / kTile * 64 >> args.group_shift : 0;
   args.slot.scales = kStepBytes;
   args.slot.zeros = args.slot.scales + step_groups * 32;
   args.slot.bias = args.slot.zeros + (kForm == GroupForm::zeros ? step_groups * 16 : 0);
   args.slot.bytes = args.slot.bias + (kForm == GroupForm::bias ? step_groups * 32 : 0);
-  args.slot.bytes = (std::max(args.slot.bytes, args.slabs > 1 ? kXRows * kXStride : 0) + 127) / 128 * 128;
-  const bool whole = args.col_tiles == args.slabs * kMatvecWarps * kSliceTiles && args.slice_tiles == kSliceTiles;
-  args.clear_ring = !whole || cols % 64 != 0;
-  args.depth = kDepth;
-  const uint32_t shared = matvec::kStageBytes + (kForm == GroupForm::bias ? matvec::kSumsBytes : 0) +
-                          matvec::kListBytes + kMatvecWarps * args.depth * args.slot.bytes;
+  args.slot.bytes = (std::max(args.slot.bytes, args.slabs > 1 ? kXRows * (tiles * 128 + 16) : 0) + 127) / 128 * 128;
+  args.clear_ring = args.step_tiles * kTile != kShareBytes || args.col_tiles != args.slabs * tiles || cols % 64 != 0;
   static std::atomic<uint64_t> seen{0};
-  uint32_t processors = 0;
+  uint32_t processors = 0, most = 0, major = 0;
   cudaError_t error = multiprocessors(processors);
-  if (error == cudaSuccess) error = allow_shared(matvec::matvec_kernel<kFormat, kFold, kForm>, shared, seen);
+  if (error == cudaSuccess) error = shared_limit(most);
+  if (error == cudaSuccess) error = compute_major(major);
+  const uint32_t fixed = (major < 9 ? 1 : matvec::kSumSets) * matvec::kSumBytes + matvec::kListBytes +
+                         (kForm == GroupForm::bias ? matvec::kXSumBytes : 0);
+  if (error == cudaSuccess) error = allow_shared(matvec::matvec_kernel<kFormat, kFold, kForm>, fixed, seen);
   if (error != cudaSuccess) return error;
+  if (most < fixed + args.slot.bytes) return cudaErrorInvalidConfiguration;
+  args.depth = std::min(kMostDepth, (most - fixed) / args.slot.bytes);
   return launch_grid(matvec::matvec_kernel<kFormat, kFold, kForm>, args,
-                     dim3(std::min(args.owns_rows ? args.row_tiles : args.units, processors)), kMatvecWarps * 32,
-                     shared, call, stream);
+                     dim3(std::min(args.owns_rows ? args.row_tiles : args.units, processors)), matvec::kThreads,
+                     fixed + args.depth * args.slot.bytes, call, stream);
 }
 
 }  // namespace sluice::cuda
