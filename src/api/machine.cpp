@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <system_error>
@@ -296,6 +297,12 @@ Finding choice_finding(bool cuda, const std::string& vulkan_gpu) {
 }  // namespace
 
 Result<double> measure_disk(const std::string& path, uint64_t bytes, Io io) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored)) {
+    SLUICE_TRY_ASSIGN(fd, nameless_file(path));
+    SLUICE_TRY(fill_with_noise(fd.get(), bytes, path));
+    return measure_disk(fmt::format("/proc/self/fd/{}", fd.get()), bytes, io);
+  }
   return storage::measure_read_rate(path, bytes, mode_of(io), exec::kReadDepth, static_cast<uint32_t>(storage::kBlockBytes));
 }
 

@@ -15,25 +15,9 @@ namespace {
 constexpr uint32_t kDefaultContext = 4096;
 constexpr uint32_t kMostContext = 1u << 24;
 constexpr uint32_t kDefaultLogitRows = 8;
-constexpr double kShareOfFreeMemory = 0.8;    // taken without being asked: the rest of the machine goes on living
-// ... of a GPU's free memory this much is left: a desktop's windows come and go.
+// Of a GPU's free memory this much is left: a desktop's windows come and go.
 constexpr uint64_t kDeviceMargin = 512 * kMiB;
 constexpr uint64_t kDeviceMarginShare = 20;   // or this part of all of it, if that is more
-
-Result<uint32_t> choose_context(const storage::Container& container, const ModelOptions& options) {
-  const uint32_t trained = container.manifest().hyper.max_context;
-  if (options.context == 0) return std::min(trained, kDefaultContext);
-  if (options.context > kMostContext) {
-    return fail(ErrorCode::usage, fmt::format("a context of {} positions; at most {} are possible", options.context,
-                                              kMostContext));
-  }
-  if (options.context > trained) {
-    log_warning(options.log, fmt::format("{}: the context of {} is longer than the {} that the model was trained for; "
-                                         "what it writes beyond them may be nonsense",
-                                         container.path(), options.context, trained));
-  }
-  return options.context;
-}
 
 // Bytes that hold everything the model could use.
 uint64_t full_need(const storage::Manifest& manifest, const plan::Inputs& inputs) {
@@ -46,14 +30,53 @@ uint64_t full_need(const storage::Manifest& manifest, const plan::Inputs& inputs
   return bytes;
 }
 
-// What may be taken without being asked. The overhead is taken already, and is part of a budget all the same.
+}  // namespace
+
+Result<uint32_t> choose_context(uint32_t trained, const std::string& path, const ModelOptions& options) {
+  if (options.context == 0) return std::min(trained, kDefaultContext);
+  if (options.context > kMostContext) {
+    return fail(ErrorCode::usage, fmt::format("a context of {} positions; at most {} are possible", options.context,
+                                              kMostContext));
+  }
+  if (options.context > trained) {
+    log_warning(options.log, fmt::format("{}: the context of {} is longer than the {} that the model was trained for; "
+                                         "what it writes beyond them may be nonsense",
+                                         path, options.context, trained));
+  }
+  return options.context;
+}
+
 uint64_t free_to_take(const backend::DeviceMemory& device) {
   if (device.total_bytes == 0) return static_cast<uint64_t>(kShareOfFreeMemory * static_cast<double>(available_memory()));
   const uint64_t margin = std::max(kDeviceMargin, device.total_bytes / kDeviceMarginShare);
   return device.overhead_bytes + device.free_bytes - std::min(device.free_bytes, margin);
 }
 
-}  // namespace
+backend::Shape planned_shape(const storage::Manifest& manifest, uint32_t context, const ModelOptions& options) {
+  backend::Shape shape = exec::Engine::shape_of(manifest);
+  shape.context = static_cast<uint32_t>(align_up(context, backend::kKvBlockTokens));
+  shape.sessions = options.sessions;
+  shape.max_logit_rows = options.max_logit_rows == 0 ? kDefaultLogitRows : options.max_logit_rows;
+  return shape;
+}
+
+plan::Inputs planning_inputs(const backend::Backend& backend, const backend::Shape& shape, uint64_t overhead_bytes,
+                             const ModelOptions& options, const Bandwidths& bandwidths) {
+  plan::Inputs inputs;
+  inputs.host_budget_bytes = options.host_memory_bytes;
+  inputs.max_rows = options.max_rows;
+  inputs.in_place = options.io == Io::mmap;
+  inputs.bandwidths = {.disk = bandwidths.disk, .bus = bandwidths.bus, .device_memory = bandwidths.device_memory};
+  inputs.fixed_need = [&backend, shape, overhead_bytes](uint32_t rows) {
+    backend::Shape sized = shape;
+    sized.max_rows = rows;
+    sized.max_logit_rows = std::min(shape.max_logit_rows, rows);
+    const backend::MemoryNeed need = backend.memory_need(sized);
+    return plan::FixedNeed{.kv_bytes = need.kv_bytes, .scratch_bytes = need.scratch_bytes,
+                           .overhead_bytes = overhead_bytes};
+  };
+  return inputs;
+}
 
 Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& options) {
   const std::string& name = options.backend;
@@ -94,28 +117,12 @@ Result<Opening> open_and_plan(const std::string& path, const ModelOptions& optio
   SLUICE_TRY(container.set_precision(options.precision == Precision::fine ? storage::Precision::fine
                                                                           : storage::Precision::int4));
   SLUICE_TRY_ASSIGN(backend, make_backend(options));
-  SLUICE_TRY_ASSIGN(context, choose_context(container, options));
+  SLUICE_TRY_ASSIGN(context, choose_context(container.manifest().hyper.max_context, path, options));
 
   const storage::Manifest& manifest = container.manifest();
-  backend::Shape shape = exec::Engine::shape_of(manifest);
-  shape.context = static_cast<uint32_t>(align_up(context, backend::kKvBlockTokens));
-  shape.sessions = options.sessions;
-  shape.max_logit_rows = options.max_logit_rows == 0 ? kDefaultLogitRows : options.max_logit_rows;
-
-  plan::Inputs inputs;
-  inputs.host_budget_bytes = options.host_memory_bytes;
-  inputs.max_rows = options.max_rows;
-  inputs.in_place = options.io == Io::mmap;
-  inputs.bandwidths = {.disk = bandwidths.disk, .bus = bandwidths.bus, .device_memory = bandwidths.device_memory};
+  const backend::Shape shape = planned_shape(manifest, context, options);
   const backend::DeviceMemory device = backend->device_memory();
-  inputs.fixed_need = [&](uint32_t rows) {
-    backend::Shape sized = shape;
-    sized.max_rows = rows;
-    sized.max_logit_rows = std::min(shape.max_logit_rows, rows);
-    const backend::MemoryNeed need = backend->memory_need(sized);
-    return plan::FixedNeed{.kv_bytes = need.kv_bytes, .scratch_bytes = need.scratch_bytes,
-                           .overhead_bytes = device.overhead_bytes};
-  };
+  plan::Inputs inputs = planning_inputs(*backend, shape, device.overhead_bytes, options, bandwidths);
   if (inputs.in_place && !backend->computes_in_host_memory()) {
     return fail(ErrorCode::usage, fmt::format("--io mmap needs a backend that computes in host memory, and {} does not; "
                                               "use --io auto", backend->name()));

@@ -82,6 +82,9 @@ struct Session::State {
 
 namespace api {
 
+// Taken of the free memory without being asked: the rest of the machine goes on living.
+inline constexpr double kShareOfFreeMemory = 0.8;
+
 // The doors to the private constructors, for the library itself.
 struct Access {
   static Result<Model> open(const std::string& path, ModelOptions options, const storage::FaultPlan* faults);
@@ -99,6 +102,21 @@ struct Opening {
 };
 // The backend that the options name. Errors: usage, not_found, device.
 Result<std::unique_ptr<backend::Backend>> make_backend(const ModelOptions& options);
+
+// Positions of a session: what the options say, else what the model was trained for but at most 4096. Error: usage.
+Result<uint32_t> choose_context(uint32_t trained, const std::string& path, const ModelOptions& options);
+
+// What may be taken of a device without being asked. Its overhead is taken already, and is part of a budget all the
+// same.
+uint64_t free_to_take(const backend::DeviceMemory& device);
+
+// What the planner is told about a backend that will hold `shape` (its max_rows and max_logit_rows are still open) and
+// takes `overhead_bytes` besides. Borrows the backend and what the shape spans. No device budget yet.
+plan::Inputs planning_inputs(const backend::Backend& backend, const backend::Shape& shape, uint64_t overhead_bytes,
+                             const ModelOptions& options, const Bandwidths& bandwidths);
+
+// The shape of a model opened by these options, max_rows still open.
+backend::Shape planned_shape(const storage::Manifest& manifest, uint32_t context, const ModelOptions& options);
 
 // Errors: those of Container::open; usage, not_found (the backend), budget.
 Result<Opening> open_and_plan(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths);

@@ -107,6 +107,18 @@ Result<Rule> parse_rule(const toml::table& table, const std::string& path) {
   return rule;
 }
 
+Result<Measured> parse_measured(const toml::table& table, const std::string& path) {
+  const std::string where = path + ": [measured]";
+  TomlTable keys(table, where);
+  SLUICE_TRY_ASSIGN(model, keys.value<std::string>("model"));
+  SLUICE_TRY_ASSIGN(kl, keys.value<double>("kl"));
+  const bool has_fine = table.contains("kl_fine");
+  SLUICE_TRY_ASSIGN(kl_fine, keys.value<double>("kl_fine", 0.0));
+  SLUICE_TRY(keys.refuse_others());
+  if (!(kl >= 0) || !(kl_fine >= 0)) return bad(where, "a KL divergence is a number from 0 on");
+  return Measured{.model = std::move(model), .kl = kl, .kl_fine = has_fine ? std::optional(kl_fine) : std::nullopt};
+}
+
 bool matches(const Rule& rule, const import::SourceTensor& tensor) {
   const auto in_layer = [&](const auto& range) { return range.first <= tensor.layer && tensor.layer <= range.second; };
   if (!rule.layers.empty() && std::none_of(rule.layers.begin(), rule.layers.end(), in_layer)) return false;
@@ -122,8 +134,13 @@ Result<Recipe> read_recipe(const std::string& path) {
   TomlTable keys(root, path);
   SLUICE_TRY_ASSIGN(description, keys.value<std::string>("description", ""));
   keys.ask("rule");
+  const toml::table* measured = keys.table("measured");
   SLUICE_TRY(keys.refuse_others());
-  Recipe recipe{.path = path, .description = std::move(description), .rules = {}};
+  Recipe recipe{.path = path, .description = std::move(description), .rules = {}, .measured = {}};
+  if (measured != nullptr) {
+    SLUICE_TRY_ASSIGN(figures, parse_measured(*measured, path));
+    recipe.measured = std::move(figures);
+  }
   const toml::array* rules = root["rule"].as_array();
   if (rules == nullptr || rules->empty()) return bad(path, "there is no [[rule]]");
   for (const toml::node& node : *rules) {

@@ -31,9 +31,18 @@ struct Rule {
   uint32_t line = 0;
 };
 
+// What a recipe was seen to cost: `sluice eval` on the model named. Mean KL divergence, nats; `kl_fine` with --residual
+// and --precision fine.
+struct Measured {
+  std::string model;
+  double kl = 0;
+  std::optional<double> kl_fine;
+};
+
 struct Recipe {
   std::string path, description;
   std::vector<Rule> rules;
+  std::optional<Measured> measured;
 };
 
 // Errors: not_found, io, corrupt (an unknown key, scheme, method or group, with its line).

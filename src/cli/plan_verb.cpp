@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// sluice plan: where the weights would go, and how long a pass would take.
+// sluice plan: where the weights would go, and how long a pass would take; with --advise, which recipe to choose.
 #include <algorithm>
+#include <filesystem>
 #include <memory>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include "advice_report.hpp"
 #include "flags.hpp"
 #include "output.hpp"
 #include "verb.hpp"
@@ -18,7 +20,8 @@ struct Flags {
   std::string path;
   ModelOptions options;
   Bandwidths bandwidths;
-  bool no_measure = false, tensors = false, json = false;
+  AdviceOptions advice;
+  bool no_measure = false, tensors = false, json = false, advise = false;
 };
 
 // What was not given is measured, unless the user does not want to wait for it.
@@ -27,7 +30,9 @@ Bandwidths bandwidths_of(const Flags& flags, const std::string& backend) {
   if (flags.no_measure) return rates;
   constexpr uint64_t kSampleBytes = 256u << 20;
   if (rates.disk <= 0) {
-    Result<double> disk = measure_disk(flags.path, kSampleBytes, flags.options.io);
+    // Shapes have no weights to read: the drive that one works on stands in for the one they would lie on.
+    const bool shapes = std::filesystem::path(flags.path).extension() == ".toml";
+    Result<double> disk = measure_disk(shapes ? "." : flags.path, kSampleBytes, flags.options.io);
     if (disk) rates.disk = *disk;
     else note("warning: the disk could not be measured: " + disk.error().message);
   }
@@ -110,12 +115,29 @@ Result<int> plan(const Flags& flags) {
   return 0;
 }
 
+Result<int> advise(const Flags& flags) {
+  AdviceOptions options = flags.advice;
+  options.model = flags.path;
+  options.machine = flags.options;
+  options.bandwidths = flags.bandwidths;
+  SLUICE_TRY_ASSIGN(report, advise(options));
+  if (flags.advice.device.empty() && !flags.no_measure) {
+    options.bandwidths = bandwidths_of(flags, report.backend);
+    SLUICE_TRY_ASSIGN(measured, advise(options));
+    report = std::move(measured);
+  }
+  if (flags.json) SLUICE_TRY(print_json(advice_json(report, options)));
+  else SLUICE_TRY(print(advice_text(report, options)));
+  return 0;
+}
+
 }  // namespace
 
 void add_plan(CLI::App& app, Chosen& chosen) {
   auto flags = std::make_shared<Flags>();
   CLI::App* verb = app.add_subcommand("plan", "Show where the weights would go and predict the speed");
-  verb->add_option("file", flags->path, "The .sluice file")->required();
+  verb->add_option("file", flags->path, "The .sluice file; with --advise also a checkpoint, or shapes (configs/models)")
+      ->required();
   add_model_flags(*verb, flags->options);
   const auto rate = [verb](const char* name, double& target, const char* help) {
     add_size(*verb, name, [&target](uint64_t value) { target = static_cast<double>(value); }, help)
@@ -128,8 +150,27 @@ void add_plan(CLI::App& app, Chosen& chosen) {
   verb->add_flag("--no-measure", flags->no_measure, "Do not measure; predict only from what is given");
   verb->add_flag("--tensors", flags->tensors, "List every tensor with its tier");
   verb->add_flag("--json", flags->json, "Print the plan as JSON");
-  verb->footer("Example:\n  sluice plan models/smollm2-135m.sluice --device-memory 48M --context 512");
-  verb->callback([flags, &chosen] { chosen.action = [flags] { return plan(*flags); }; });
+  const char* group = "Advice";
+  CLI::Option* advice = verb->add_flag("--advise", flags->advise, "Say which recipe to quantize the model by, and why")
+                            ->group(group);
+  add_choice<Workload>(*verb, "--workload",
+                       {{"general", Workload::general}, {"math", Workload::math}, {"code", Workload::code}},
+                       [flags](Workload workload) { flags->advice.workload = workload; },
+                       "What the model is for: how much loss it bears (default general)")
+      ->needs(advice)->group(group);
+  verb->add_option("--device", flags->advice.device, "Another machine (configs/devices; default: this one)")
+      ->type_name("FILE.toml")->needs(advice)->group(group);
+  verb->add_option("--recipes", flags->advice.recipes, "Recipes to choose among (default configs/recipes)")
+      ->type_name("FOLDER")->needs(advice)->group(group);
+  verb->add_option("--rate", flags->advice.tokens_per_second,
+                   "Tokens a second that are enough: beyond them no loss is worth more (default 10)")
+      ->check(CLI::Range(0.0, 1e9))->type_name("N")->needs(advice)->group(group);
+  verb->footer("Examples:\n  sluice plan models/smollm2-135m.sluice --device-memory 48M --context 512\n"
+               "  sluice plan configs/models/deepseek-r1-distill-llama-70b.toml --advise --workload math "
+               "--device configs/devices/rtx-4090.toml");
+  verb->callback([flags, &chosen] {
+    chosen.action = [flags] { return flags->advise ? advise(*flags) : plan(*flags); };
+  });
 }
 
 }  // namespace sluice::cli

@@ -311,7 +311,7 @@ SLUICE_API Status export_trace(const std::string& path, TraceFormat format, cons
 
 // ---- The machine -----------------------------------------------------------------------------------------------
 
-// `path`: a file to read from (O_DIRECT), at most `bytes` of it.
+// `path`: a file to read from (O_DIRECT), at most `bytes` of it; or a folder, in which a nameless file is made.
 SLUICE_API Result<double> measure_disk(const std::string& path, uint64_t bytes, Io io = Io::automatic);
 SLUICE_API double measure_memory_copy();
 SLUICE_API double measure_memory_read(uint32_t threads);
@@ -375,3 +375,44 @@ SLUICE_API bool install_sigbus_handler();
 SLUICE_API const char* version();
 
 }  // namespace sluice
+enum class Workload { general, math, code };
+struct AdviceOptions {
+  std::string model;                 // whose shapes count: configs/models/*.toml, a container, GGUF, a folder
+  std::string device;                // configs/devices/*.toml; empty: this machine
+  std::string recipes = "configs/recipes";   // a folder; of its *.toml those with a [measured] table are considered
+  Workload workload = Workload::general;
+  double tokens_per_second = 10;     // above this, a faster quantization is worth no loss
+  // Budgets, context and backend; an unset budget is what is free to take of the device. Rates of `bandwidths` count
+  // before the profile's; this machine has no others.
+  ModelOptions machine;
+  Bandwidths bandwidths;
+};
+// One recipe, with or without residuals, placed on the device.
+struct AdviceCandidate {
+  std::string recipe;                // the file's name without .toml
+  bool residual = false;             // quantize --residual
+  double kl = 0;                     // mean KL divergence, nats, as its [measured] says; with residuals of fine
+  uint64_t bytes = 0;                // of all its planes
+  bool fits = false;                 // else only smallest_device_bytes below
+  // Weights by home in the precision that kl is of.
+  uint64_t device_bytes = 0, host_bytes = 0, disk_bytes = 0;
+  uint64_t smallest_device_bytes = 0;
+  double tokens_per_second = 0;      // predicted, without the residual; 0: bandwidths are unknown
+  double fine_tokens_per_second = 0; // with it; 0 where there is none
+  std::string bound;                 // what kl's precision waits for
+};
+struct AdviceReport {
+  std::string model, device, backend, measured_on;
+  uint64_t device_bytes = 0, host_bytes = 0;   // budgets
+  uint32_t context = 0;
+  double kl_limit = 0;               // of the workload
+  Bandwidths bandwidths;
+  std::vector<AdviceCandidate> candidates;     // by recipe, the one without residuals first
+  std::optional<size_t> chosen;      // nothing: none fits
+  std::vector<std::string> reasons;  // one sentence each
+};
+// Which recipe to quantize a model by, for a device and a workload (docs/quantization.md has the rules). Reads no
+// weights. Errors: those of the files; usage (no recipe with a [measured] table, several models measured), not_found
+// (the backend).
+SLUICE_API Result<AdviceReport> advise(const AdviceOptions& options);
+
