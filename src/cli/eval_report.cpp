@@ -23,23 +23,31 @@ std::string number(const std::optional<double>& value, const char* otherwise = "
 
 std::string percent(const std::optional<double>& value) { return value ? fmt::format("{:.2f}%", *value * 100) : ""; }
 
-std::vector<std::string> cells(const EvalRow& row) {
-  return {name_of(row),
-          fmt::format("{:.3f}", row.perplexity),
-          number(row.kl_mean),
-          number(row.kl_p99),
-          percent(row.top1),
-          fmt::format("{:.3f}", row.bytes_per_weight),
-          bytes_text(row.file_bytes),
-          bytes_text(row.memory_bytes),
-          fmt::format("{:.1f}", row.tokens_per_second),
-          fmt::format("{:.0f}", row.prefill_tokens_per_second)};
+std::string pass_rate(const TaskResult& task) {
+  return fmt::format("{:.1f}% ({:.1f} to {:.1f})", 100 * task.rate.rate, 100 * task.rate.low, 100 * task.rate.high);
 }
 
-const std::vector<std::string>& headings() {
-  static const std::vector<std::string> all = {
-      "file",         "perplexity", "KL mean", "KL p99",       "top-1 agreement",
-      "bytes/weight", "size",       "memory",  "decode tok/s", "prefill tok/s"};
+// Columns in front of the size: only where a text was given.
+std::vector<std::string> cells(const EvalRow& row) {
+  std::vector<std::string> all = {name_of(row)};
+  if (row.perplexity) {
+    all.insert(all.end(), {fmt::format("{:.3f}", *row.perplexity), number(row.kl_mean), number(row.kl_p99),
+                           percent(row.top1)});
+  }
+  all.insert(all.end(), {fmt::format("{:.3f}", row.bytes_per_weight), bytes_text(row.file_bytes),
+                         bytes_text(row.memory_bytes), fmt::format("{:.1f}", row.tokens_per_second),
+                         fmt::format("{:.0f}", row.prefill_tokens_per_second)});
+  for (const TaskResult& task : row.tasks) all.push_back(pass_rate(task));
+  return all;
+}
+
+std::vector<std::string> headings(const std::vector<EvalRow>& rows) {
+  std::vector<std::string> all = {"file"};
+  if (rows.front().perplexity) all.insert(all.end(), {"perplexity", "KL mean", "KL p99", "top-1 agreement"});
+  all.insert(all.end(), {"bytes/weight", "size", "memory", "decode tok/s", "prefill tok/s"});
+  for (const TaskResult& task : rows.front().tasks) {
+    all.push_back(fmt::format("{} pass@1, {} x {}", task.name, task.problems, task.samples));
+  }
   return all;
 }
 
@@ -104,22 +112,22 @@ std::string chart(const std::vector<EvalRow>& rows) {
 }  // namespace
 
 std::string to_markdown(const std::vector<EvalRow>& rows) {
-  std::string out = fmt::format("| {} |\n|", fmt::join(headings(), " | "));
-  for (size_t i = 0; i < headings().size(); ++i) out += i == 0 ? "---|" : "---:|";
+  std::string out = fmt::format("| {} |\n|", fmt::join(headings(rows), " | "));
+  for (size_t i = 0; i < headings(rows).size(); ++i) out += i == 0 ? "---|" : "---:|";
   out += "\n";
   for (const EvalRow& row : rows) out += fmt::format("| {} |\n", fmt::join(cells(row), " | "));
   return out;
 }
 
-nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const std::string& text, size_t windows,
-                               uint32_t window) {
+nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const EvalText& text) {
   using Json = nlohmann::ordered_json;
   Json files = Json::array();
   for (const EvalRow& row : rows) {
-    Json json = {{"file", row.file},
-                 {"reference", row.is_reference},
-                 {"perplexity", row.perplexity},
-                 {"positions", row.positions}};
+    Json json = {{"file", row.file}, {"reference", row.is_reference}};
+    if (row.perplexity) {
+      json["perplexity"] = *row.perplexity;
+      json["positions"] = row.positions;
+    }
     if (row.kl_mean) json["kl_mean"] = *row.kl_mean;
     if (row.kl_p99) json["kl_p99"] = *row.kl_p99;
     if (row.top1) json["top1_agreement"] = *row.top1;
@@ -128,9 +136,23 @@ nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const std::stri
     json["memory_bytes"] = row.memory_bytes;
     json["decode_tokens_per_second"] = row.tokens_per_second;
     json["prefill_tokens_per_second"] = row.prefill_tokens_per_second;
+    for (const TaskResult& task : row.tasks) {
+      json["tasks"].push_back({{"task", task.name},
+                               {"problems", task.problems},
+                               {"samples", task.samples},
+                               {"max_tokens", task.max_tokens},
+                               {"pass_at_1", task.rate.rate},
+                               {"low_95", task.rate.low},
+                               {"high_95", task.rate.high},
+                               {"right", task.right},
+                               {"cut", task.cut}});
+    }
     files.push_back(std::move(json));
   }
-  return {{"text", text}, {"windows", windows}, {"window", window}, {"files", std::move(files)}};
+  Json json;
+  if (!text.name.empty()) json = {{"text", text.name}, {"windows", text.windows}, {"window", text.window}};
+  json["files"] = std::move(files);
+  return json;
 }
 
 Status write_html(const std::string& path, const std::vector<EvalRow>& rows) {
@@ -139,7 +161,7 @@ Status write_html(const std::string& path, const std::vector<EvalRow>& rows) {
       "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:right}"
       "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f4f4f4}</style></head><body>\n"
       "<h1>Quantization loss</h1>\n<table><tr>";
-  for (const std::string& heading : headings()) html += "<th>" + escaped(heading) + "</th>";
+  for (const std::string& heading : headings(rows)) html += "<th>" + escaped(heading) + "</th>";
   html += "</tr>\n";
   for (const EvalRow& row : rows) {
     html += "<tr>";

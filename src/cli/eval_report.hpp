@@ -10,13 +10,14 @@
 #include <nlohmann/json.hpp>
 
 #include "sluice/result.hpp"
+#include "task_run.hpp"
 
 namespace sluice::cli {
 
 struct EvalRow {
   std::string file;
   bool is_reference = false;
-  double perplexity = 0;
+  std::optional<double> perplexity;       // where a text was given
   uint64_t positions = 0;                 // predicted tokens
   std::optional<double> kl_mean, kl_p99;  // nats; against the reference, where one was given
   std::optional<double> top1;             // share of positions with the same best token
@@ -24,11 +25,18 @@ struct EvalRow {
   uint64_t file_bytes = 0;
   uint64_t memory_bytes = 0;  // weights in memory, rings, KV cache, scratch
   double tokens_per_second = 0, prefill_tokens_per_second = 0;
+  std::vector<TaskResult> tasks;          // the same in every row
+};
+
+// The text that all rows were measured on; an empty name: none.
+struct EvalText {
+  std::string name;
+  size_t windows = 0;
+  uint32_t window = 0;
 };
 
 std::string to_markdown(const std::vector<EvalRow>& rows);
-nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const std::string& text, size_t windows,
-                               uint32_t window);
+nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const EvalText& text);
 // One self-contained file: the table, and KL against bytes per weight as a chart. Error: io.
 Status write_html(const std::string& path, const std::vector<EvalRow>& rows);
 

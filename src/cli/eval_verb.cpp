@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// sluice eval: what quantization cost, measured on a text against a reference.
+// sluice eval: what quantization cost, measured on a text against a reference, and by problems with answers.
 #include <algorithm>
 #include <cmath>
-#include <fstream>
+#include <filesystem>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -14,6 +14,8 @@
 #include "flags.hpp"
 #include "output.hpp"
 #include "sluice/sluice.hpp"
+#include "task_run.hpp"
+#include "tasks.hpp"
 #include "verb.hpp"
 
 namespace sluice::cli {
@@ -21,7 +23,10 @@ namespace {
 
 struct Flags {
   std::vector<std::string> files;
-  std::string reference, text_file, html;
+  std::string reference, text_file, html, answers;
+  std::vector<std::string> task_files;
+  uint64_t problems = 0;
+  TaskOptions task;
   uint32_t window = 512;
   uint64_t tokens = 16384;
   ModelOptions options;
@@ -39,10 +44,14 @@ struct Candidate {
 };
 
 constexpr uint32_t kDecodedTokens = 32;
+constexpr uint32_t kProblemTokens = 2048;  // room for a problem in front of its answer
 
 Result<std::unique_ptr<Candidate>> open_candidate(const std::string& path, const Flags& flags) {
   ModelOptions options = flags.options;
-  options.context = flags.window + kDecodedTokens;
+  if (options.context == 0) {
+    options.context = flags.window + kDecodedTokens;
+    if (!flags.task_files.empty()) options.context = std::max(options.context, kProblemTokens + flags.task.max_tokens);
+  }
   if (!options.device_memory_bytes) options.max_logit_rows = std::min(flags.window, 64u);
   SLUICE_TRY_ASSIGN(model, open_model(path, std::move(options)));
   SLUICE_TRY_ASSIGN(session, model.new_session());
@@ -101,12 +110,14 @@ uint64_t matrix_weights(const ModelInfo& info) {
   return info.layers * layer + 2 * uint64_t{info.vocab} * info.hidden;
 }
 
-Result<EvalRow> finish(Candidate& candidate, const std::string& path, bool is_reference) {
-  EvalRow row;
+Status finish(Candidate& candidate, const std::string& path, bool is_reference) {
+  EvalRow& row = candidate.row;
   const ModelInfo& info = candidate.model.info();
   row.file = path;
   row.is_reference = is_reference;
-  row.perplexity = std::exp(-candidate.log_probability / static_cast<double>(candidate.positions));
+  if (candidate.positions > 0) {
+    row.perplexity = std::exp(-candidate.log_probability / static_cast<double>(candidate.positions));
+  }
   row.positions = candidate.positions;
   row.bytes_per_weight = static_cast<double>(info.weight_bytes) / static_cast<double>(matrix_weights(info));
   row.file_bytes = info.file_bytes;
@@ -122,12 +133,14 @@ Result<EvalRow> finish(Candidate& candidate, const std::string& path, bool is_re
   }
   const PassTimes prefill = candidate.session.timings().prefill;
   row.prefill_tokens_per_second = prefill.total > 0 ? static_cast<double>(prefill.tokens) / prefill.total : 0;
-  const GenerateOptions generate{
-      .max_tokens = kDecodedTokens, .sampling = {.temperature = 0}, .stop = {}, .ignore_eos = true};
-  SLUICE_TRY(candidate.session.generate(generate, [](const Token&) { return true; }));
+  if (candidate.row.tasks.empty()) {
+    const GenerateOptions generate{
+        .max_tokens = kDecodedTokens, .sampling = {.temperature = 0}, .stop = {}, .ignore_eos = true};
+    SLUICE_TRY(candidate.session.generate(generate, [](const Token&) { return true; }));
+  }
   const PassTimes decode = candidate.session.timings().decode;
   row.tokens_per_second = decode.total > 0 ? static_cast<double>(decode.tokens) / decode.total : 0;
-  return row;
+  return {};
 }
 
 Result<std::vector<int32_t>> text_tokens(const Flags& flags, const Candidate& candidate) {
@@ -142,19 +155,9 @@ Result<std::vector<int32_t>> text_tokens(const Flags& flags, const Candidate& ca
   return ids;
 }
 
-Result<int> evaluate(const Flags& flags) {
-  std::vector<std::string> paths = flags.files;
-  std::vector<std::unique_ptr<Candidate>> candidates;
-  if (!flags.reference.empty()) paths.insert(paths.begin(), flags.reference);
-  for (const std::string& path : paths) {
-    SLUICE_TRY_ASSIGN(candidate, open_candidate(path, flags));
-    if (!candidates.empty() && candidate->model.info().vocab != candidates.front()->model.info().vocab) {
-      return fail(ErrorCode::usage,
-                  fmt::format("{}: has a vocabulary of {}, {} one of {}; only models of one tokenizer compare", path,
-                              candidate->model.info().vocab, paths.front(), candidates.front()->model.info().vocab));
-    }
-    candidates.push_back(std::move(candidate));
-  }
+// Windows of the text through every model, the reference first.
+Result<EvalText> run_text(const Flags& flags, const std::vector<std::string>& paths,
+                          const std::vector<std::unique_ptr<Candidate>>& candidates) {
   SLUICE_TRY_ASSIGN(ids, text_tokens(flags, *candidates.front()));
   const size_t windows = ids.size() / flags.window;
   Progress progress("evaluating", Progress::Unit::items);
@@ -169,14 +172,81 @@ Result<int> evaluate(const Flags& flags) {
       progress.update(w * candidates.size() + i + 1, windows * candidates.size(), paths[i]);
     }
   }
+  return EvalText{.name = flags.text_file, .windows = windows, .window = flags.window};
+}
+
+Result<std::vector<Task>> read_task_files(const Flags& flags) {
+  if (flags.text_file.empty() && flags.task_files.empty()) {
+    return fail(ErrorCode::usage, "there is nothing to measure on; give --text FILE, --tasks FILE.jsonl or both");
+  }
+  if (flags.task.samples > 1 && flags.task.sampling.temperature == 0) {
+    return fail(
+        ErrorCode::usage,
+        fmt::format("{} samples at temperature 0 are all the same; give --samples 1 or --temp", flags.task.samples));
+  }
+  std::vector<Task> tasks;
+  for (const std::string& path : flags.task_files) {
+    SLUICE_TRY_ASSIGN(problems, read_tasks(path));
+    tasks.push_back({.path = path,
+                     .name = std::filesystem::path(path).stem().string(),
+                     .problems = take_evenly(std::move(problems), flags.problems)});
+  }
+  return tasks;
+}
+
+Status run_tasks(const Flags& flags, const std::vector<Task>& tasks,
+                 const std::vector<std::unique_ptr<Candidate>>& candidates) {
+  if (tasks.empty()) return {};
+  SLUICE_TRY_ASSIGN(log, AnswerLog::create(flags.answers));
+  uint64_t total = 0, done = 0;
+  for (const Task& task : tasks) total += task.problems.size() * flags.task.samples * candidates.size();
+  Progress progress("answering", Progress::Unit::items);
+  for (const std::unique_ptr<Candidate>& candidate : candidates) {
+    for (const Task& task : tasks) {
+      const auto on_answer = [&](uint64_t answers, uint64_t right) {
+        progress.update(done + answers, total,
+                        fmt::format("{}: {}, {} of {} right", candidate->model.info().path, task.name, right, answers));
+      };
+      SLUICE_TRY_ASSIGN(result, run_task(candidate->model, candidate->session, task, flags.task, log, on_answer));
+      done += task.problems.size() * flags.task.samples;
+      if (result.cut > 0) {
+        note(fmt::format("{}: {}: {} of {} answers were cut at {} tokens", candidate->model.info().path, task.name,
+                         result.cut, result.problems * result.samples, result.max_tokens));
+      }
+      candidate->row.tasks.push_back(std::move(result));
+    }
+  }
+  return {};
+}
+
+Result<int> evaluate(const Flags& flags) {
+  SLUICE_TRY_ASSIGN(tasks, read_task_files(flags));
+  std::vector<std::string> paths = flags.files;
+  std::vector<std::unique_ptr<Candidate>> candidates;
+  if (!flags.reference.empty()) paths.insert(paths.begin(), flags.reference);
+  for (const std::string& path : paths) {
+    SLUICE_TRY_ASSIGN(candidate, open_candidate(path, flags));
+    if (!candidates.empty() && candidate->model.info().vocab != candidates.front()->model.info().vocab) {
+      return fail(ErrorCode::usage,
+                  fmt::format("{}: has a vocabulary of {}, {} one of {}; only models of one tokenizer compare", path,
+                              candidate->model.info().vocab, paths.front(), candidates.front()->model.info().vocab));
+    }
+    candidates.push_back(std::move(candidate));
+  }
+  EvalText text;
+  if (!flags.text_file.empty()) {
+    SLUICE_TRY_ASSIGN(measured, run_text(flags, paths, candidates));
+    text = std::move(measured);
+  }
+  SLUICE_TRY(run_tasks(flags, tasks, candidates));
   std::vector<EvalRow> rows;
   for (size_t i = 0; i < candidates.size(); ++i) {
-    SLUICE_TRY_ASSIGN(row, finish(*candidates[i], paths[i], i == 0 && !flags.reference.empty()));
-    rows.push_back(std::move(row));
+    SLUICE_TRY(finish(*candidates[i], paths[i], i == 0 && !flags.reference.empty()));
+    rows.push_back(std::move(candidates[i]->row));
   }
   if (!flags.html.empty()) SLUICE_TRY(write_html(flags.html, rows));
   if (flags.json) {
-    SLUICE_TRY(print_json(to_json(rows, flags.text_file, windows, flags.window)));
+    SLUICE_TRY(print_json(to_json(rows, text)));
   } else {
     SLUICE_TRY(print(to_markdown(rows)));
   }
@@ -188,20 +258,60 @@ Result<int> evaluate(const Flags& flags) {
 void add_eval(CLI::App& app, Chosen& chosen) {
   auto flags = std::make_shared<Flags>();
   flags->options.cpu_activations = Activations::f32;
-  CLI::App* verb = app.add_subcommand("eval", "Measure what quantization costs: perplexity, KL divergence, agreement");
+  CLI::App* verb =
+      app.add_subcommand("eval", "Measure what quantization costs: KL divergence, perplexity, right answers");
   verb->add_option("files", flags->files, "The .sluice files to compare")->required();
   verb->add_option("--reference", flags->reference, "The .sluice file that the others are measured against")
       ->type_name("FILE");
-  verb->add_option("--text", flags->text_file, "A text; - is standard input")->required()->type_name("FILE");
+  verb->add_option("--text", flags->text_file, "A text to predict; - is standard input")->type_name("FILE");
   verb->add_option("--window", flags->window, "Tokens scored together (default 512)")->check(CLI::Range(8u, 1u << 20));
   verb->add_option("--tokens", flags->tokens, "Tokens of the text at most (default 16384)");
   verb->add_option("--html", flags->html, "Write the table with a chart as one HTML file")->type_name("FILE.html");
   verb->add_flag("--json", flags->json, "Print JSON instead of a Markdown table");
+  const char* group = "Tasks";
+  CLI::Option* tasks = verb->add_option("--tasks", flags->task_files,
+                                        "Problems with answers: MATH-500, GSM8K, AIME, GPQA as published, or lines of "
+                                        "prompt, answer, check; may be given several times")
+                           ->type_name("FILE.jsonl")
+                           ->expected(1)
+                           ->take_all()
+                           ->group(group);
+  verb->add_option("--problems", flags->problems, "So many problems of each file, spread evenly (default: all)")
+      ->type_name("N")
+      ->needs(tasks)
+      ->group(group);
+  verb->add_option("--samples", flags->task.samples, "Answers to each problem (default 1)")
+      ->check(CLI::Range(1, 1 << 16))
+      ->type_name("N")
+      ->needs(tasks)
+      ->group(group);
+  verb->add_option("--max-tokens", flags->task.max_tokens, "Tokens of an answer at most (default 2048)")
+      ->check(CLI::Range(1, 1 << 20))
+      ->type_name("N")
+      ->needs(tasks)
+      ->group(group);
+  verb->add_option("--temp", flags->task.sampling.temperature, "Temperature (default 0.6); 0 takes the likeliest token")
+      ->check(CLI::Range(0.0f, 100.0f))
+      ->type_name("T")
+      ->needs(tasks)
+      ->group(group);
+  verb->add_option("--top-p", flags->task.sampling.top_p,
+                   "Only the likeliest tokens that hold this probability (default 1)")
+      ->check(CLI::Range(0.0f, 1.0f))
+      ->type_name("P")
+      ->needs(tasks)
+      ->group(group);
+  verb->add_option("--seed", flags->task.sampling.seed, "Seed (default 1)")->type_name("N")->needs(tasks)->group(group);
+  verb->add_option("--answers", flags->answers, "Write every answer as a JSON line as it comes")
+      ->type_name("FILE.jsonl")
+      ->needs(tasks)
+      ->group(group);
   add_model_flags(*verb, flags->options);
   verb->footer(
       "KL is that of the reference's next-token distribution from the file's, in nats, over every position.\n"
       "On the CPU activations are f32 here, so that their rounding is not counted (--cpu-activations int8 counts "
-      "it).\nExample:\n  sluice eval int8.sluice int4.sluice --reference f16.sluice --text wiki.test.txt");
+      "it).\nExamples:\n  sluice eval int8.sluice int4.sluice --reference f16.sluice --text wiki.test.txt\n"
+      "  sluice eval int4.sluice --tasks gsm8k-test.jsonl --problems 100 --max-tokens 512");
   verb->callback([flags, &chosen] { chosen.action = [flags] { return evaluate(*flags); }; });
 }
 
