@@ -90,7 +90,7 @@ std::vector<std::pair<std::string, WeightFormat>> weight_formats() {
           {"int4", WeightFormat::int4}};
 }
 
-void add_model_flags(CLI::App& verb, ModelOptions& options) {
+void add_model_flags(CLI::App& verb, ModelOptions& options, bool* automatic_precision) {
   add_size(verb, "--device-memory", [&options](uint64_t bytes) { options.device_memory_bytes = bytes; },
            "Budget for all that is taken of the device's memory: resident weights, stream ring, KV cache, scratch, a GPU's "
            "context (default: all that the model needs)")
@@ -105,9 +105,19 @@ void add_model_flags(CLI::App& verb, ModelOptions& options) {
                  {{"auto", Io::automatic}, {"uring", Io::uring}, {"pread", Io::pread}, {"mmap", Io::mmap}},
                  [&options](Io io) { options.io = io; }, "How weights are read from disk (default auto)")
       ->group("Machine");
-  add_choice<Precision>(verb, "--precision", {{"int4", Precision::int4}, {"fine", Precision::fine}},
-                        [&options](Precision precision) { options.precision = precision; },
-                        "INT4 tensors with a residual (quantize --residual): without it or with it (default int4)")
+  std::vector<std::pair<std::string, std::optional<Precision>>> precisions = {{"int4", Precision::int4},
+                                                                              {"fine", Precision::fine}};
+  if (automatic_precision != nullptr) precisions.emplace_back("auto", std::nullopt);
+  add_choice<std::optional<Precision>>(
+      verb, "--precision", std::move(precisions),
+      [&options, automatic_precision](std::optional<Precision> precision) {
+        if (automatic_precision != nullptr) *automatic_precision = !precision;
+        if (precision) options.precision = *precision;
+      },
+      automatic_precision == nullptr
+          ? "INT4 tensors with a residual (quantize --residual): without it or with it (default int4)"
+          : "INT4 tensors with a residual (quantize --residual): without it, with it, or as the prompt asks (default "
+            "int4)")
       ->group("Machine");
   add_choice<Verify>(verb, "--verify", {{"open", Verify::open}, {"off", Verify::off}},
                      [&options](Verify verify) { options.verify = verify; },

@@ -47,9 +47,9 @@ CLI::Option* add_choice(CLI::App& verb, const std::string& names, std::vector<st
 // The words of --weights, --embeddings, --lm-head.
 std::vector<std::pair<std::string, WeightFormat>> weight_formats();
 
-// --device-memory, --host-memory, --context, --io, --verify, --backend, --threads, --cpu-activations. `options` must
-// live until the line is parsed.
-void add_model_flags(CLI::App& verb, ModelOptions& options);
+// --device-memory, --host-memory, --context, --io, --precision, --verify, --backend, --threads, --cpu-activations.
+// `options` must live until the line is parsed. `automatic_precision`: where it is given, "auto" is a precision too.
+void add_model_flags(CLI::App& verb, ModelOptions& options, bool* automatic_precision = nullptr);
 
 // --temp, --top-k, --top-p, --min-p, --repeat-penalty, --seed.
 void add_sampling_flags(CLI::App& verb, Sampling& sampling);

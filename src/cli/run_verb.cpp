@@ -26,6 +26,8 @@ struct Flags {
   ModelOptions options;
   GenerateOptions generate;
   std::string trace;
+  std::string precision_rules;
+  bool automatic_precision = false;
   bool chat = false, json = false, quiet = false;
 };
 
@@ -63,6 +65,21 @@ Result<std::vector<int32_t>> prompt_tokens(const Flags& flags, const Model& mode
   return model.tokenize(rendered, true, false);  // the template writes begin-of-text itself
 }
 
+// What --precision auto comes to.
+Result<PrecisionChoice> choose_precision(const Flags& flags, const std::string& prompt) {
+  if (flags.ids_flag->count() > 0) {
+    return fail(ErrorCode::usage, "--precision auto reads the prompt's words, and ids have none; give int4 or fine");
+  }
+  SLUICE_TRY_ASSIGN(rules, PrecisionRules::open(flags.precision_rules));
+  return rules.choose(prompt);
+}
+
+std::string precision_text(const PrecisionChoice& choice, bool has_residuals) {
+  const char* name = choice.precision == Precision::fine ? "fine" : "int4";
+  return fmt::format("precision: {}, since {}{}", name, choice.why,
+                     has_residuals ? "" : "; the file has no residuals, so both are the same");
+}
+
 Result<int> run(const Flags& flags) {
   // Everything that can be wrong with the prompt by itself is said before the model is opened.
   const bool given_as_ids = flags.ids_flag->count() > 0;
@@ -74,6 +91,12 @@ Result<int> run(const Flags& flags) {
   SLUICE_TRY_ASSIGN(tokens, parse_ids(flags.ids));
   ModelOptions options = flags.options;
   options.log = log_to_stderr(flags.quiet);
+  PrecisionChoice precision;
+  if (flags.automatic_precision) {
+    SLUICE_TRY_ASSIGN(choice, choose_precision(flags, text));
+    precision = std::move(choice);
+    options.precision = precision.precision;
+  }
   SLUICE_TRY_ASSIGN(model, open_model(flags.path, std::move(options)));
   if (!given_as_ids) {
     SLUICE_TRY_ASSIGN(encoded, prompt_tokens(flags, model, text));
@@ -112,6 +135,7 @@ Result<int> run(const Flags& flags) {
   if (!flags.quiet) {
     note("");
     if (stopped && written) note(fmt::format("stopped: {}", reason_text(*stopped)));
+    if (flags.automatic_precision) note(precision_text(precision, model.info().has_residuals));
     note(timing_summary(model.info(), session.timings()));
     if (!trace_lines.empty()) note("\n" + trace_lines);
   }
@@ -119,11 +143,18 @@ Result<int> run(const Flags& flags) {
   SLUICE_TRY_ASSIGN(reason, std::move(stopped));
   SLUICE_TRY(std::move(traced));
   if (flags.json) {
-    SLUICE_TRY(print_json({{"prompt_ids", tokens},
+    nlohmann::json json = {{"prompt_ids", tokens},
                            {"ids", ids},
                            {"text", answer},
                            {"stopped", reason_text(reason)},
-                           {"timings", timing_json(model.info(), session.timings())}}));
+                           {"timings", timing_json(model.info(), session.timings())}};
+    if (flags.automatic_precision) {
+      json["precision"] = {{"chosen", precision.precision == Precision::fine ? "fine" : "int4"},
+                           {"rule", precision.rule},
+                           {"found", precision.found},
+                           {"why", precision.why}};
+    }
+    SLUICE_TRY(print_json(json));
   }
   return reason == StopReason::cancelled ? static_cast<int>(ErrorCode::cancelled) : 0;
 }
@@ -155,7 +186,10 @@ void add_run(CLI::App& app, Chosen& chosen) {
                    "A fault made on purpose, to see whether the trace shows it: read:period=16,ms=30; may be repeated")
       ->type_name("KIND:...")->expected(1)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   add_sampling_flags(*verb, flags->generate.sampling);
-  add_model_flags(*verb, flags->options);
+  add_model_flags(*verb, flags->options, &flags->automatic_precision);
+  verb->add_option("--precision-rules", flags->precision_rules,
+                   "Rules of --precision auto (default: those of configs/precision/default.toml)")
+      ->type_name("FILE.toml")->group("Machine");
   verb->footer("Example:\n  sluice run models/smollm2-135m.sluice --chat -p \"Why is the sky blue?\" -n 100 "
                "--device-memory 48M --context 512");
   verb->callback([flags, &chosen] { chosen.action = [flags] { return run(*flags); }; });

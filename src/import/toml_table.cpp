@@ -9,6 +9,8 @@ namespace {
 
 constexpr uint64_t kMaxTomlBytes = 1 * kMiB;
 
+}  // namespace
+
 Result<toml::table> parse_toml(const std::string& text, const std::string& path) {
 #if TOML_EXCEPTIONS
   try {
@@ -23,8 +25,6 @@ Result<toml::table> parse_toml(const std::string& text, const std::string& path)
                                               result.error().description()));
 #endif
 }
-
-}  // namespace
 
 Result<toml::table> read_toml(const std::string& path) {
   SLUICE_TRY_ASSIGN(text, read_text_file(path, kMaxTomlBytes));

@@ -20,6 +20,8 @@ namespace sluice::import {
 
 // Reads a file of at most 1 MiB. Errors: not_found, io, usage, corrupt (with the line).
 Result<toml::table> read_toml(const std::string& path);
+// The same of a text; `path` begins messages.
+Result<toml::table> parse_toml(const std::string& text, const std::string& path);
 
 // One table, which it borrows; remembers which keys were asked for, the rest is refused at the end.
 class TomlTable {

@@ -93,6 +93,34 @@ struct Token {
 
 enum class StopReason { end_of_text, max_tokens, stop_text, context_full, cancelled };
 
+// What rules chose for a prompt.
+struct PrecisionChoice {
+  Precision precision = Precision::int4;
+  std::string rule;                  // its name; empty: none matched
+  std::string found;                 // what it found in the prompt
+  std::string why;                   // a sentence
+};
+
+// Which precision a prompt asks for, to be set in ModelOptions: regular expressions over its text, from a TOML file
+// (configs/precision/default.toml shows the form). Const members may be called from any thread.
+class SLUICE_API PrecisionRules {
+ public:
+  // An empty path: the rules that are shipped. Errors: not_found, io, corrupt (an unknown key, a pattern that is no
+  // regular expression; each with its line).
+  static Result<PrecisionRules> open(const std::string& path = {});
+  PrecisionRules(PrecisionRules&&) noexcept;
+  PrecisionRules& operator=(PrecisionRules&&) noexcept;
+  ~PrecisionRules();
+  // The first rule that matches decides, else the default. `prompt`: UTF-8; what is not matches nothing. Error: usage
+  // (a pattern that backtracks without end).
+  Result<PrecisionChoice> choose(std::string_view prompt) const;
+
+ private:
+  struct State;
+  explicit PrecisionRules(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
 // Where the time of a session went, summed over passes of a kind. Seconds unless named otherwise.
 struct PassTimes {
   uint64_t passes = 0;
