@@ -245,9 +245,12 @@ class Quantizer {
 
   Report finish_report() {
     // Weighted by size; every layer matrix that is not kept has an entry.
-    double bits = 0, weights = 0;
+    double bits = 0, weights = 0, of_this_run = 0;
     for (const SourceTensor& source : checkpoint_.tensors) {
-      if (source.vector || source.layer < 0) continue;
+      if (source.vector) continue;
+      const bool resumed = source.layer >= 0 && static_cast<uint32_t>(source.layer) < report_.resumed_layers;
+      if (!resumed) of_this_run += double{1} * source.rows * source.cols;
+      if (source.layer < 0) continue;
       const auto found = std::find_if(matrices_.begin(), matrices_.end(),
                                       [&](const Json& note) { return note["name"] == source.name; });
       const double size = double{1} * source.rows * source.cols;
@@ -257,6 +260,7 @@ class Quantizer {
       weights += size;
     }
     report_.bits_per_weight = bits / weights;
+    if (report_.seconds > 0) report_.weights_per_second = of_this_run / report_.seconds;
     const Json json = {{"source", options_.source},
                        {"output", options_.output},
                        {"recipe", options_.recipe},
@@ -265,6 +269,7 @@ class Quantizer {
                        {"calibration_tokens", uint64_t{windows_} * options_.window},
                        {"resumed_layers", report_.resumed_layers},
                        {"seconds", report_.seconds},
+                       {"weights_per_second", report_.weights_per_second},
                        {"matrices", matrices_}};
     report_.json = json.dump(2, ' ', false, Json::error_handler_t::replace);
     return std::move(report_);

@@ -56,8 +56,9 @@ Result<int> quantize(const Flags& flags) {
     progress.update(done, total, eta.text(done, total) + detail);
   };
   SLUICE_TRY_ASSIGN(report, quantize_model(options));
-  note(fmt::format("quantized {} tensors to {:.2f} bits per weight, {}, in {}", report.tensors, report.bits_per_weight,
-                   bytes_text(report.bytes), seconds_text(report.seconds)));
+  note(fmt::format("quantized {} tensors to {:.2f} bits per weight, {}, in {}, {:.1f} million weights a second",
+                   report.tensors, report.bits_per_weight, bytes_text(report.bytes), seconds_text(report.seconds),
+                   report.weights_per_second * 1e-6));
   if (!flags.report.empty()) SLUICE_TRY(write_report(flags.report, report.json));
   if (flags.json) SLUICE_TRY(print(report.json + "\n"));
   return 0;

@@ -290,6 +290,7 @@ struct QuantizeReport {
   uint32_t resumed_layers = 0;
   double bits_per_weight = 0;            // of the matrices in the layers
   double seconds = 0;
+  double weights_per_second = 0;         // of the matrices that this call rounded
   std::string json;                      // with the error of every matrix
 };
 // Interrupted, even killed, it goes on where it was when called again with the same options.
@@ -387,22 +388,6 @@ struct PlanReport {
 };
 SLUICE_API Result<PlanReport> plan_model(const std::string& path, const ModelOptions& options, const Bandwidths& bandwidths);
 
-// One finding of `sluice doctor`.
-struct Finding {
-  std::string name;                  // "io_uring"
-  bool ok = false;
-  std::string value;                 // "available, kernel 6.18"
-  std::string remedy;                // empty if ok
-};
-// `folder`: where disk bandwidth and O_DIRECT are tried (a temporary file of 256 MiB, removed).
-SLUICE_API std::vector<Finding> examine_machine(const std::string& folder);
-
-// Installs the process-wide SIGBUS handler that keeps --io=mmap alive when a file shrinks. For programs that want it.
-SLUICE_API bool install_sigbus_handler();
-
-SLUICE_API const char* version();
-
-}  // namespace sluice
 enum class Workload { general, math, code };
 struct AdviceOptions {
   std::string model;                 // whose shapes count: configs/models/*.toml, a container, GGUF, a folder
@@ -444,3 +429,19 @@ struct AdviceReport {
 // (the backend).
 SLUICE_API Result<AdviceReport> advise(const AdviceOptions& options);
 
+// One finding of `sluice doctor`.
+struct Finding {
+  std::string name;                  // "io_uring"
+  bool ok = false;
+  std::string value;                 // "available, kernel 6.18"
+  std::string remedy;                // empty if ok
+};
+// `folder`: where disk bandwidth and O_DIRECT are tried (a temporary file of 256 MiB, removed).
+SLUICE_API std::vector<Finding> examine_machine(const std::string& folder);
+
+// Installs the process-wide SIGBUS handler that keeps --io=mmap alive when a file shrinks. For programs that want it.
+SLUICE_API bool install_sigbus_handler();
+
+SLUICE_API const char* version();
+
+}  // namespace sluice
