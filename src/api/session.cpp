@@ -100,7 +100,8 @@ Status Session::State::run_rows(uint32_t count, bool all_logits, bool last_logit
     rows[i] = {.session = slot, .position = evaluated + i, .wants_logits = all_logits || (last_logits && i + 1 == count)};
   }
   exec::StageTimes stages;
-  SLUICE_TRY(model.engine->run(std::span(rows).first(count), std::span(tokens).subspan(evaluated, count), out, stages));
+  SLUICE_TRY(model.engine->run(std::span(rows).first(count), std::span(tokens).subspan(evaluated, count), out, stages,
+                               &parts));
   add_stages(stages, times);
   ++times.passes;
   times.tokens += count;
@@ -108,13 +109,13 @@ Status Session::State::run_rows(uint32_t count, bool all_logits, bool last_logit
   return {};
 }
 
-void Session::State::record_evidence(trace::Chain& token) {
+void Session::State::record_evidence() {
   if (!model.engine->recorder().collected()) return;
   if (!evidence) evidence.emplace(track, model.info.path);
   evidence->read();
-  track.count(trace::Counter::context, token.last(), tokens.size());
-  track.count(trace::Counter::stream_bytes, token.last(), model.engine->weights().bytes_read());
-  token.span(trace::Kind::evidence);
+  track.count(trace::Counter::context, parts.last(), tokens.size());
+  track.count(trace::Counter::stream_bytes, parts.last(), model.engine->weights().bytes_read());
+  parts.span(trace::Kind::evidence);
 }
 
 Status Session::State::run_pending(PassTimes& times) {
@@ -159,6 +160,7 @@ Status Session::append(std::span<const int32_t> tokens) {
 
 Status Session::flush() {
   const Span total(state_->timings.prefill.total);
+  state_->parts.skip_to(trace::ticks());
   Status status = state_->run_pending(state_->timings.prefill);
   state_->update_timings();
   return status;
@@ -175,6 +177,7 @@ Status Session::score(const std::function<void(uint32_t position, std::span<cons
     const auto row = [&](uint32_t i) { return std::span(out).subspan(size_t{i} * shape.vocab, shape.vocab); };
     {
       const Span total(state.timings.prefill.total);
+      state.parts.skip_to(trace::ticks());
       SLUICE_TRY(state.run_rows(count, true, true, std::span(out).first(size_t{count} * shape.vocab),
                                 state.timings.prefill));
     }
@@ -197,7 +200,8 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
   const bool can_end = !options.ignore_eos;
 
   std::optional<StopReason> reason;
-  trace::Chain parts(state.track);
+  trace::Chain& parts = state.parts;
+  parts.skip_to(trace::ticks());
   trace::Injector* const injector = state.model.engine->recorder().injector();
   for (uint32_t generated = 0; !reason;) {
     if (generated >= options.max_tokens) reason = StopReason::max_tokens;
@@ -216,7 +220,8 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
       if (status.error().code == ErrorCode::cancelled) return StopReason::cancelled;
       return fail(std::move(status.error()));
     }
-    parts.span(trace::Kind::run_model);
+    parts.span(trace::Kind::session);
+    state.track.record(trace::Kind::run_model, token_begin, parts.last());
     int32_t id = 0;
     {
       const Span sampling(times.sampling);
@@ -246,7 +251,7 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
       state.timings.token_latencies.push_back(total.seconds());
     }
     parts.span(trace::Kind::callback);
-    state.record_evidence(parts);
+    state.record_evidence();
     state.track.record(trace::Kind::token, token_begin, parts.last(), trace::Record::kNoLayer, pending, state.tokens.size());
   }
   state.cancelled.store(false);

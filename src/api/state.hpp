@@ -62,8 +62,8 @@ struct Session::State {
   void note_first_token();
   // Copies what the model counts into `timings`.
   void update_timings();
-  // Adds the counters of one token to the trace, if there is one, as the last part of `token`.
-  void record_evidence(trace::Chain& token);
+  // Adds the counters of one token to the trace, if there is one, as its last part.
+  void record_evidence();
   bool take_cancel() { return cancelled.exchange(false); }
 
   Model::State& model;
@@ -75,6 +75,7 @@ struct Session::State {
   std::vector<float> logits;            // of the token before position logits_at
   size_t logits_at = 0;                 // tokens.size() for which `logits` predicts the next; 0: none
   std::vector<backend::Row> rows;       // of one pass
+  trace::Chain parts{track};            // of a token, one behind the other
   Timings timings;
   std::optional<std::chrono::steady_clock::time_point> first_append;
   std::atomic<bool> cancelled{false};

@@ -114,20 +114,20 @@ Result<std::unique_ptr<Engine>> Engine::open(storage::Container container, plan:
 }
 
 Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> ids, std::span<float> logits,
-                   StageTimes& times) {
+                   StageTimes& times, trace::Chain* caller) {
   const uint64_t asked = trace::ticks();
-  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-  if (!lock) {
-    lock.lock();
-    track_.record(trace::Kind::turn_wait, asked, trace::ticks());
-  }
+  if (caller != nullptr) caller->span_to(asked, trace::Kind::session);
+  std::unique_lock<Turns> lock(turns_, std::try_to_lock);
+  const bool waited = !lock.owns_lock();
+  if (waited) lock.lock();
+  trace::Chain chain(track_, asked);
+  if (waited) chain.span(trace::Kind::turn_wait);
   SLUICE_CHECK(!rows.empty() && rows.size() <= shape_.max_rows && rows.size() == ids.size());
   const auto wanted = static_cast<size_t>(
       std::count_if(rows.begin(), rows.end(), [](const backend::Row& row) { return row.wants_logits; }));
   SLUICE_CHECK(wanted <= shape_.max_logit_rows && logits.size() == wanted * shape_.vocab);
 
   if (dead_) return fail(*dead_);
-  trace::Chain chain(track_);
   const uint64_t begin = chain.last();
   StageTimes spent;   // in ticks
   const std::span<float> embeddings = std::span(embeddings_).first(rows.size() * shape_.hidden);
@@ -152,8 +152,9 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
   SLUICE_TRY(weights_->check_mapping());
   SLUICE_TRY(check_logits(rows, logits));
   spent[Stage::lm_head] += chain.span(trace::Kind::finish);
-  track_.record(trace::Kind::pass, begin, chain.last(), trace::Record::kNoLayer, static_cast<uint32_t>(rows.size()),
-                rows.front().position);
+  track_.record(trace::Kind::pass, begin, chain.last(), static_cast<uint16_t>(rows.front().session),
+                static_cast<uint32_t>(rows.size()), rows.front().position);
+  if (caller != nullptr) caller->skip_to(chain.last());
   add_times(spent, wanted > 0, times);
   return {};
 }

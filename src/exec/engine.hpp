@@ -13,6 +13,7 @@
 #include "exec/device_stages.hpp"
 #include "exec/embedding.hpp"
 #include "exec/program.hpp"
+#include "exec/turns.hpp"
 #include "exec/weights.hpp"
 #include "plan/planner.hpp"
 #include "sluice/result.hpp"
@@ -32,11 +33,14 @@ class Engine {
   static backend::Shape shape_of(const storage::Manifest& manifest);
 
   // One pass. rows[i] is token ids[i]; at most shape().max_rows rows, of which at most max_logit_rows want logits.
-  // `logits`: FP32 [rows that want logits][vocab], exact. Adds to `times`. Any thread; passes take turns.
+  // `logits`: FP32 [rows that want logits][vocab], exact. Adds to `times`. Any thread; passes take turns in the order in
+  // which they were asked for.
   // Errors: usage (an id outside the vocabulary), io, corrupt, numeric (a logit that is not finite: the row's
   // position), device. After an error in the middle of a pass, every later pass fails the same way.
+  // `caller`: the chain of whoever runs the pass, or null: its time up to the pass becomes a `session` span, and it goes
+  // on where the pass ended.
   Status run(std::span<const backend::Row> rows, std::span<const int32_t> ids, std::span<float> logits,
-             StageTimes& times);
+             StageTimes& times, trace::Chain* caller = nullptr);
 
   const storage::Container& container() const { return container_; }
   const plan::Plan& plan() const { return plan_; }
@@ -46,7 +50,7 @@ class Engine {
   trace::Recorder& recorder() { return recorder_; }
   // For the KV calls, which are made between passes: hold `turn()` meanwhile.
   backend::Backend& backend() { return *backend_; }
-  std::unique_lock<std::mutex> turn() { return std::unique_lock(mutex_); }
+  std::unique_lock<Turns> turn() { return std::unique_lock(turns_); }
 
  private:
   Engine(storage::Container container, plan::Plan plan, std::unique_ptr<backend::Backend> backend,
@@ -61,13 +65,13 @@ class Engine {
   std::unique_ptr<backend::Backend> backend_;
   backend::Shape shape_;
   trace::Recorder recorder_;             // before whoever records
-  trace::Track& track_;                  // of passes; its writer holds mutex_
+  trace::Track& track_;                  // of passes; its writer has the turn
   std::unique_ptr<Weights> weights_;     // after the backend that it uses
   std::unique_ptr<Embedding> embedding_;
   std::vector<Step> program_;
   std::vector<float> embeddings_;        // [max_rows][hidden]
   std::optional<Error> dead_;            // of a pass that ended in its middle
-  std::mutex mutex_;
+  Turns turns_;
 };
 
 }  // namespace sluice::exec

@@ -19,7 +19,7 @@ enum class Kind : uint16_t {
   callback = 5,    // the caller's own code
   evidence = 6,    // reading the counters below: the trace's own cost
   // Engine track. A pass's parts follow each other without a gap.
-  pass = 7,  // bytes: rows
+  pass = 7,  // bytes: rows; value: position of the first; layer: slot of the session whose rows they are
   embed = 8,
   norm = 9,
   matmul = 10,
@@ -41,6 +41,8 @@ enum class Kind : uint16_t {
   counter = 24,    // layer: which (Counter); value: its reading
   injected = 25,   // a fault made on purpose, for the report to show; the analysis never reads it
   turn_wait = 26,  // before a pass: another session's ran
+  session = 27,    // session track, in run_model: the session's own work before, between and after its passes
+  collect = 28,    // machine track: the trace's own thread at work
   count,
 };
 
@@ -82,6 +84,13 @@ enum class Counter : uint16_t {
   thread_cpu_ns = 20,    // of the thread that decodes
   busy_ms = 21,          // machine: all cores together, this process's share included (stat), at most 10 times a second
   steal_ms = 22,         // machine: the hypervisor ran somebody else, at most 10 times a second
+  // Of the GPU (NVML), at most 10 times a second, and of the drive (NVMe SMART), once a second; readings but the last.
+  gpu_clock_mhz = 23,
+  gpu_throttle = 24,     // bits: why the clock is low (device_evidence.hpp)
+  gpu_celsius = 25,
+  gpu_milliwatts = 26,
+  drive_celsius = 27,
+  drive_throttles = 28,  // grows when the drive is too hot
   count,
 };
 

@@ -15,14 +15,16 @@ constexpr std::array<std::string_view, static_cast<size_t>(Kind::count)> kKindNa
     "none",       "token",      "run_model", "sampling", "detokenize", "callback",   "evidence",
     "pass",       "embed",      "norm",      "matmul",   "rope",       "attention",  "activation",
     "lm_head",    "disk_wait",  "copy_wait", "layer",    "finish",     "disk_read",  "bus_copy",
-    "check",      "stage_wait", "ring_wait", "counter",  "injected",   "turn_wait"};
+    "check",      "stage_wait", "ring_wait", "counter",  "injected",   "turn_wait",  "session",
+    "collect"};
 
 constexpr std::array<std::string_view, static_cast<size_t>(Counter::count)> kCounterNames = {
     "minor_faults",   "major_faults",    "voluntary_switches", "forced_switches", "run_delay_ns",
     "psi_cpu_us",     "psi_io_us",       "psi_memory_us",      "disk_reads",      "disk_read_sectors",
     "disk_read_ms",   "disk_writes",     "disk_write_ms",      "stream_bytes",    "resident_bytes",
     "reclaimed_pages", "swapped_pages",  "context",            "process_cpu_ns",  "refaults",
-    "thread_cpu_ns",  "busy_ms",         "steal_ms"};
+    "thread_cpu_ns",  "busy_ms",         "steal_ms",           "gpu_clock_mhz",   "gpu_throttle",
+    "gpu_celsius",    "gpu_milliwatts",  "drive_celsius",      "drive_throttles"};
 
 }  // namespace
 

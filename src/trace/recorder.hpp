@@ -47,6 +47,7 @@ class Track {
 
   uint16_t number() const { return number_; }
   const std::string& name() const { return name_; }
+  uint64_t capacity() const { return mask_ + 1; }   // in records
   uint64_t written() const { return head_.load(std::memory_order_acquire); }
 
   // Appends the records from number `from` on to `out`; any thread. Returns the number of the next one; what was
@@ -107,16 +108,22 @@ class Recorder {
 // stamp a span is enough.
 class Chain {
  public:
-  explicit Chain(Track& track) : track_(track), last_(ticks()) {}
+  explicit Chain(Track& track) : Chain(track, ticks()) {}
+  Chain(Track& track, uint64_t from) : track_(track), last_(from) {}
 
   // The time since the last call, as a span. Returns its length in ticks.
   uint64_t span(Kind kind, uint16_t layer = Record::kNoLayer, uint32_t bytes = 0, uint64_t value = 0) {
-    const uint64_t now = ticks();
-    const uint64_t begin = last_;
-    track_.record(kind, begin, now, layer, bytes, value);
-    last_ = now;
-    return now - begin;
+    return span_to(ticks(), kind, layer, bytes, value);
   }
+  // ... up to a stamp that was taken since.
+  uint64_t span_to(uint64_t end, Kind kind, uint16_t layer = Record::kNoLayer, uint32_t bytes = 0, uint64_t value = 0) {
+    const uint64_t begin = last_;
+    track_.record(kind, begin, end, layer, bytes, value);
+    last_ = end;
+    return end - begin;
+  }
+  // Leaves the time up to `at` to another track.
+  void skip_to(uint64_t at) { last_ = at; }
   uint64_t last() const { return last_; }
   Track& track() { return track_; }
 

@@ -7,6 +7,8 @@
 
 #include <fmt/format.h>
 
+#include "trace/evidence.hpp"
+
 namespace sluice::trace {
 namespace {
 
@@ -27,6 +29,7 @@ std::optional<Part> part_of(Kind kind) {
     case Kind::activation: return Part::activation;
     case Kind::lm_head: return Part::lm_head;
     case Kind::finish: return Part::finish;
+    case Kind::session: return Part::session;
     case Kind::sampling: return Part::sampling;
     case Kind::detokenize: return Part::detokenize;
     case Kind::callback: return Part::callback;
@@ -35,12 +38,23 @@ std::optional<Part> part_of(Kind kind) {
   }
 }
 
-bool is_reading(Counter counter) { return counter == Counter::context || counter == Counter::resident_bytes; }
+bool is_reading(Counter counter) {
+  switch (counter) {
+    case Counter::context:
+    case Counter::resident_bytes:
+    case Counter::gpu_clock_mhz:
+    case Counter::gpu_throttle:
+    case Counter::gpu_celsius:
+    case Counter::gpu_milliwatts:
+    case Counter::drive_celsius: return true;
+    default: return false;
+  }
+}
 
 // A pass with its parts: what the engine's track has between two ticks.
 struct Pass {
   uint64_t begin = 0, end = 0;
-  uint32_t rows = 0;
+  uint16_t slot = Record::kNoLayer;   // of its session
   std::array<uint64_t, kParts> ticks{};
 };
 
@@ -51,7 +65,7 @@ std::vector<Pass> passes_of(const TraceTrack& track) {
     if (record.kind == Kind::pass) {   // written behind its parts
       pass.begin = record.begin;
       pass.end = record.end;
-      pass.rows = record.bytes;
+      pass.slot = record.layer;
       passes.push_back(std::exchange(pass, Pass()));
     } else if (const std::optional<Part> part = part_of(record.kind)) {
       pass.ticks[static_cast<size_t>(*part)] += record.end - record.begin;
@@ -68,7 +82,11 @@ class Joiner {
     for (const TraceTrack& track : trace_.tracks) {
       if (track.name == "engine") passes_ = passes_of(track);
     }
-    for (size_t i = 0; i < trace_.tracks.size(); ++i) session(static_cast<uint32_t>(i));
+    for (size_t i = 0; i < trace_.tracks.size(); ++i) {
+      uint64_t slot = 0;
+      if (number_after(trace_.tracks[i].name, "session ", slot))
+        session(static_cast<uint32_t>(i), static_cast<uint16_t>(slot));
+    }
     if (tokens_.all.empty()) {
       return fail(ErrorCode::unsupported,
                   fmt::format("{} holds no token; trace a run that generates some", trace_.path));
@@ -80,8 +98,9 @@ class Joiner {
   }
 
  private:
-  void session(uint32_t number) {
+  void session(uint32_t number, uint16_t slot) {
     Token token;
+    std::vector<const Record*> parts;   // since the token before
     uint64_t run_begin = 0, run_end = 0;
     std::array<double, static_cast<size_t>(Counter::count)> before{};
     std::array<bool, static_cast<size_t>(Counter::count)> known{};
@@ -98,50 +117,54 @@ class Joiner {
         run_begin = record.begin;
         run_end = record.end;
       } else if (record.kind == Kind::token) {
-        finish(token, record, run_begin, run_end);
+        for (const Record* part : parts) {   // those before it are of a prompt that was read by itself
+          if (part->begin >= record.begin) token.seconds[static_cast<size_t>(*part_of(part->kind))] += span(*part);
+        }
+        parts.clear();
+        finish(token, record, run_begin, run_end, slot);
         token.session = number;
         token.decoded = token.decoded && !first;
         tokens_.all.push_back(std::exchange(token, Token()));
         run_begin = run_end = 0;
         first = false;
-      } else if (const std::optional<Part> part = part_of(record.kind)) {
-        token.seconds[static_cast<size_t>(*part)] += span(record.begin, record.end);
+      } else if (part_of(record.kind)) {
+        parts.push_back(&record);
       }
     }
   }
 
   // A prompt of one token is a decode pass like any other, but nothing was generated before it: see session().
-  void finish(Token& token, const Record& record, uint64_t run_begin, uint64_t run_end) {
+  void finish(Token& token, const Record& record, uint64_t run_begin, uint64_t run_end, uint16_t slot) {
     token.begin = trace_.seconds(record.begin);
     token.end = trace_.seconds(record.end);
     token.prompt_tokens = record.bytes;
     token.context = record.value;
     token.decoded = record.bytes <= 1;
     double in_passes = 0;
-    // Passes of all sessions, in order; a pass belongs to the token whose run_model it lies in.
+    // Passes of all sessions, in order; a pass belongs to the token of its session whose run_model it lies in.
     const auto starts_before = [](const Pass& pass, uint64_t at) { return pass.begin < at; };
     for (auto pass = std::lower_bound(passes_.begin(), passes_.end(), run_begin, starts_before);
          pass != passes_.end() && pass->begin < run_end; ++pass) {
-      if (pass->end > run_end) continue;
-      const double total = span(pass->begin, pass->end);
+      if (pass->end > run_end || (pass->slot != slot && pass->slot != Record::kNoLayer)) continue;
+      const double total = seconds(pass->end - pass->begin);
       double named = 0;
       for (size_t part = 0; part < kParts; ++part) {
-        const double seconds = static_cast<double>(pass->ticks[part]) * trace_.scale.ns_per_tick() * 1e-9;
-        token.seconds[part] += seconds;
-        if (part != static_cast<size_t>(Part::turn_wait)) named += seconds;   // before the pass
-        else in_passes += seconds;
+        const double part_seconds = seconds(pass->ticks[part]);
+        token.seconds[part] += part_seconds;
+        if (part != static_cast<size_t>(Part::turn_wait)) named += part_seconds;   // before the pass
+        else in_passes += part_seconds;
       }
       token.seconds[static_cast<size_t>(Part::pass_gap)] += std::max(0.0, total - named);
       in_passes += total;
     }
     double outside = 0;
-    for (const Part part : {Part::sampling, Part::detokenize, Part::callback, Part::evidence}) outside += token[part];
-    const double running = span(run_begin, run_end);
-    token.seconds[static_cast<size_t>(Part::session)] = std::max(0.0, running - in_passes);
-    token.seconds[static_cast<size_t>(Part::gap)] = std::max(0.0, token.total() - running - outside);
+    for (const Part part : {Part::session, Part::sampling, Part::detokenize, Part::callback, Part::evidence})
+      outside += token[part];
+    token.seconds[static_cast<size_t>(Part::gap)] = std::max(0.0, token.total() - in_passes - outside);
   }
 
-  // Readings of the machine come ten times a second: each token gets the growth between the readings around its end.
+  // Readings of the machine come ten times a second: each token gets the growth between those around its end, or where
+  // the counter does not grow, the later one.
   void machine() {
     for (const TraceTrack& track : trace_.tracks) {
       if (track.name != "machine") continue;
@@ -157,7 +180,8 @@ class Joiner {
       if (record.kind != Kind::counter || record.layer != which) continue;
       const double at = trace_.seconds(record.begin);
       const auto value = static_cast<double>(record.value);
-      if (known) growth = value - previous;
+      if (is_reading(static_cast<Counter>(which))) growth = value;
+      else if (known) growth = value - previous;
       until = at;
       for (; token < tokens_.all.size() && tokens_.all[token].end <= until; ++token) {
         tokens_.all[token].counters[which] = growth;
@@ -168,9 +192,8 @@ class Joiner {
     for (; known && token < tokens_.all.size(); ++token) tokens_.all[token].counters[which] = growth;
   }
 
-  double span(uint64_t begin, uint64_t end) const {
-    return static_cast<double>(end - begin) * trace_.scale.ns_per_tick() * 1e-9;
-  }
+  double seconds(uint64_t ticks) const { return static_cast<double>(ticks) * trace_.scale.ns_per_tick() * 1e-9; }
+  double span(const Record& record) const { return seconds(record.end - record.begin); }
 
   const Trace& trace_;
   std::vector<Pass> passes_;

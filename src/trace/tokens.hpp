@@ -17,7 +17,7 @@ namespace sluice::trace {
 // What a token's time is divided into. Every nanosecond belongs to one of them.
 enum class Part : uint8_t {
   disk_wait, copy_wait, turn_wait, embed, norm, matmul, rope, attention, activation, lm_head, finish,
-  session,    // run_model outside its passes: what the session does around them
+  session,    // what the session does around its passes
   sampling, detokenize, callback, evidence,
   pass_gap,   // inside a pass and in none of its parts
   gap,        // inside the token and in none of its parts
