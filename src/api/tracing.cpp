@@ -70,7 +70,9 @@ std::string note_of(const ModelInfo& info, const exec::Engine& engine, const std
 Status Model::start_trace(const std::string& path, const std::string& command) {
   if (state_->collector) return fail(ErrorCode::usage, "a trace of this model is being written already; stop it first");
   SLUICE_TRY_ASSIGN(collector, trace::Collector::start(state_->engine->recorder(), path,
-                                                       note_of(state_->info, *state_->engine, command)));
+                                                       note_of(state_->info, *state_->engine, command),
+                                                       {.gpu = state_->info.backend != "cpu",
+                                                        .weights = state_->info.path}));
   state_->collector = std::move(collector);
   return {};
 }

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "base/units.hpp"
+#include "trace/device_evidence.hpp"
 #include "trace/statistics.hpp"
 
 namespace sluice::trace {
@@ -21,7 +22,11 @@ constexpr double kHalfOfIt = 0.5;
 constexpr double kFaultSeconds = 0.25e-6;
 constexpr double kFaultShare = 0.05, kLeastPages = 64;
 constexpr double kRanAnyway = 0.3;               // of the excess the thread computed
-constexpr double kForeignBytes = 1 << 20;        // a token, beyond what is usual
+// Others' reads are what the drive counted and this model did not take. A read is counted when it completes and taken
+// later, by up to a staging ring: so over the token before to three behind, and no more than over the whole run.
+constexpr double kForeignBytes = 1 << 20;        // a spike, beyond what is usual
+constexpr size_t kForeignBefore = 1, kForeignBehind = 3;
+constexpr double kMajorFaults = 0.5;             // a spike: most have one (the kernel reads ahead behind it)
 constexpr double kPressureShare = 0.4;
 
 struct Words {
@@ -37,9 +42,14 @@ constexpr std::array<Words, static_cast<size_t>(Cause::count)> kCauses = {{
     {"scheduling", "the host ran something else on the cores"},
     {"allocation", "fresh memory was touched"},
     {"compute", "operations took long by themselves"},
+    {"gpu_clock", "the GPU lowered its clock for power or heat"},
     {"interference", "another session's pass came first"},
     {"consumer", "whoever takes the tokens was slow"},
 }};
+
+bool gpu_slowed(const Token& token) {
+  return (static_cast<uint64_t>(token[Counter::gpu_throttle]) & kGpuSlowed) != 0;
+}
 
 // Read from the drive while the token lasted, but not for streaming by this model.
 double foreign_bytes(const Token& token) {
@@ -71,17 +81,23 @@ Attribution::Attribution(std::span<const Token* const> tokens) : tokens_(tokens)
     usual_counts_[c] = usual([&](const Token& t) { return t.counters[c]; });
   usual_total_ = usual([](const Token& t) { return t.total(); });
   // By sums, not by token: the kernel adds to its totals when a task begins or ends to wait, in lumps.
-  double waited = 0, time = 0, delay = 0, work = 0, foreign = 0;
+  double waited = 0, time = 0, delay = 0, work = 0, foreign = 0, streamed = 0, slowed = 0, ordinary = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
+    foreign_total_ += foreign_bytes(*tokens[i]);
     if (tokens[i]->total() > 2 * usual_total_[i]) continue;
     waited += (*tokens[i])[Counter::psi_cpu_us] * 1e-6;
     time += tokens[i]->total();
     delay += (*tokens[i])[Counter::run_delay_ns];
     work += (*tokens[i])[Counter::thread_cpu_ns];
     foreign += foreign_bytes(*tokens[i]);
+    streamed += (*tokens[i])[Counter::stream_bytes];
+    slowed += gpu_slowed(*tokens[i]) ? 1 : 0;
+    ++ordinary;
   }
+  gpu_slowed_ = ordinary > 0 ? slowed / ordinary : 0;
   cpu_pressure_ = time > 0 ? std::min(1.0, waited / time) : 0;
   delay_per_work_ = work > 0 ? delay / work : 0;
+  stream_rate_ = time > 0 ? streamed / time : 0;
   foreign_rate_ = time > 0 ? std::max(0.0, foreign / time) : 0;
 }
 
@@ -93,6 +109,7 @@ struct Attribution::Sums {
   std::array<double, static_cast<size_t>(Counter::count)> counts{};
   double pressure = 0;           // seconds in which some task waited for a core, beyond what this machine usually has
   double foreign_bytes = 0;      // read from the drive, but not by this model
+  double slowed = 0;             // members in which the GPU held its clock down
   double prompts = 0;            // members that began with more than one token
 
   double share(std::initializer_list<Part> of) const {
@@ -112,7 +129,9 @@ Attribution::Sums Attribution::sums_of(std::span<const size_t> members) const {
     for (size_t part = 0; part < kParts; ++part) sums.parts[part] += token.seconds[part] - usual_[part][i];
     for (size_t c = 0; c < sums.counts.size(); ++c) sums.counts[c] += token.counters[c] - usual_counts_[c][i];
     sums.pressure += token[Counter::psi_cpu_us] * 1e-6 - cpu_pressure_ * token.total();
-    sums.foreign_bytes += foreign_bytes(token) - foreign_rate_ * token.total();
+    for (size_t k = i - std::min(i, kForeignBefore); k < std::min(tokens_.size(), i + kForeignBehind + 1); ++k)
+      sums.foreign_bytes += foreign_bytes(*tokens_[k]) - foreign_rate_ * tokens_[k]->total();
+    if (gpu_slowed(token)) ++sums.slowed;
     if (token.prompt_tokens > 1) ++sums.prompts;
   }
   return sums;
@@ -145,7 +164,7 @@ Finding Attribution::explain(std::span<const size_t> members) const {
     return name(Cause::interference, fmt::format("{:.0f} of {:.0f} began with a prompt", sums.prompts, sums.members));
   }
   const double major = sums[Counter::major_faults] / sums.members;
-  if (major >= 1) return name(Cause::page_faults, fmt::format("{:.0f} major faults each", major));
+  if (major >= kMajorFaults) return name(Cause::page_faults, fmt::format("{:.1f} major faults each", major));
   const double pages = sums[Counter::minor_faults] / sums.members;
   if (pages >= kLeastPages && pages * sums.members * kFaultSeconds >= kFaultShare * sums.total) {
     return name(Cause::allocation, fmt::format("{:.0f} pages touched for the first time each", pages));
@@ -155,12 +174,16 @@ Finding Attribution::explain(std::span<const size_t> members) const {
   }
   const double disk = sums.share({Part::disk_wait, Part::embed});
   if (disk >= kMostOfIt) {
-    const double foreign = sums.foreign_bytes / sums.members;
-    if (foreign >= kForeignBytes) {
+    const double foreign = std::min(sums.foreign_bytes, foreign_total_) / sums.members;
+    // What the drive spends on others at the rate that it usually gives this model must be long enough to explain it.
+    const bool enough = stream_rate_ <= 0 || foreign / stream_rate_ >= kMostOfIt * sums.total / sums.members;
+    if (foreign >= kForeignBytes && enough) {
       return name(Cause::competing_reads, fmt::format("{} of the excess is disk_wait; others read {} each time",
                                                       percent(disk), format_bytes(static_cast<uint64_t>(foreign))));
     }
-    return name(Cause::disk_tail, percent(disk) + " of the excess is disk_wait; nobody else read more than usual");
+    const bool hot = sums[Counter::drive_throttles] > 0;
+    return name(Cause::disk_tail, percent(disk) + " of the excess is disk_wait; nobody else read more than usual" +
+                                      (hot ? "; the drive slowed itself down for heat" : ""));
   }
   const double bus = sums.share({Part::copy_wait});
   if (bus >= kMostOfIt) return name(Cause::bus, percent(bus) + " of the excess is copy_wait");
@@ -171,6 +194,12 @@ Finding Attribution::explain(std::span<const size_t> members) const {
     if (sums.pressure >= kPressureShare * sums.total && ran < kRanAnyway) {
       return name(Cause::scheduling, fmt::format("tasks waited for a core {} of the excess longer than usual",
                                                  percent(sums.pressure / sums.total)));
+    }
+    const double slowed = sums.slowed / sums.members;
+    if (slowed >= kHalfOfIt && gpu_slowed_ < kHalfOfIt * slowed) {
+      return name(Cause::gpu_clock,
+                  fmt::format("{} of the excess is in operations; the GPU held its clock down in {} of the spikes and {} "
+                              "of the other tokens", percent(compute), percent(slowed), percent(gpu_slowed_)));
     }
     return name(Cause::compute,
                 percent(compute) + " of the excess is in operations; faults, drive and scheduler did not move");

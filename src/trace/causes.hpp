@@ -23,7 +23,8 @@ enum class Cause : uint8_t {
   bus,              // copies into device memory took long
   scheduling,       // the host ran something else on the core
   allocation,       // fresh memory: KV or allocator growth
-  compute,          // operations took long by themselves: clocks, heat, a stalled device
+  compute,          // operations took long by themselves: a stalled device, clocks that nobody tells
+  gpu_clock,        // operations took long while the GPU held its clock down for power or heat
   interference,     // another session's pass or prompt came first
   consumer,         // whoever takes the tokens was slow
   count,
@@ -60,9 +61,12 @@ class Attribution {
   std::array<std::vector<double>, kParts> usual_;   // by part and token
   std::vector<double> usual_total_;
   std::array<std::vector<double>, static_cast<size_t>(Counter::count)> usual_counts_;
-  double foreign_rate_ = 0;     // bytes a second that others read from the drive, on ordinary tokens
+  double foreign_total_ = 0;    // bytes that others read from the drive
+  double foreign_rate_ = 0;     // ... a second, on ordinary tokens
+  double stream_rate_ = 0;      // bytes a second that this model streams, on ordinary tokens
   double delay_per_work_ = 0;   // how long the thread is held up for a second of its work, on ordinary tokens
   double cpu_pressure_ = 0;                         // share of ordinary time in which some task waited for a core
+  double gpu_slowed_ = 0;                           // share of ordinary tokens in which the GPU held its clock down
 };
 
 }  // namespace sluice::trace

@@ -5,20 +5,27 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
 namespace sluice::trace {
 namespace {
 
-// A ring of 16384 records lasts this long at 800,000 records a second; SmolLM2 on two cores writes 60,000.
-constexpr std::chrono::milliseconds kInterval{20};
-constexpr int kIntervalsPerReading = 5;   // of the machine: 10 a second
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+// Waking costs a core its caches, so that this thread sleeps as long as the rings allow: it halves its interval where one
+// was a quarter full, and doubles it where none was a sixteenth. SmolLM2 on two cores writes 60,000 records a second.
+constexpr milliseconds kShortest{5}, kFirst{10}, kLongest{100};
+constexpr double kFull = 1.0 / 4, kEmpty = 1.0 / 16;
+constexpr milliseconds kReading{100};     // of the machine
+constexpr uint64_t kReadingsPerDrive = 10;
 
 }  // namespace
 
 Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const std::string& path,
-                                                    const std::string& note_json) {
+                                                    const std::string& note_json, const Watched& watched) {
   SLUICE_TRY_ASSIGN(file, TraceFileWriter::create(path, read_clocks(), note_json));
   std::unique_ptr<Collector> self(new Collector(recorder, std::move(file)));
   for (Track* track : recorder.tracks()) {
@@ -26,6 +33,8 @@ Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const st
     SLUICE_TRY(self->file_.add_track(track->number(), track->name()));
   }
   self->machine_ = std::make_unique<MachineEvidence>(recorder.machine_track());
+  if (watched.gpu) self->gpu_ = GpuEvidence::open(recorder.machine_track());
+  if (!watched.weights.empty()) self->drive_ = DriveEvidence::open(recorder.machine_track(), watched.weights);
   recorder.set_collected(true);
   self->thread_ = std::thread([raw = self.get()] { raw->run(); });
   return self;
@@ -46,18 +55,34 @@ void Collector::join() {
 void Collector::run() {
   // Behind everything that computes: this thread may be late by as long as a ring lasts.
   (void)::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), 5);
-  for (int interval = 0;; ++interval) {
+  milliseconds interval = kFirst;
+  Clock::time_point read_at;   // the machine, last
+  for (;;) {
     {
       std::unique_lock lock(mutex_);
-      if (wake_.wait_for(lock, kInterval, [this] { return stopping_; })) return;
+      if (wake_.wait_for(lock, interval, [this] { return stopping_; })) return;
     }
-    if (interval % kIntervalsPerReading == 0) machine_->read();
+    const uint64_t begin = ticks();
+    if (const Clock::time_point now = Clock::now(); now - read_at >= kReading) {
+      read_machine();
+      read_at = now;
+    }
     if (Status status = collect(); !status) {
       status_ = std::move(status);
       recorder_.set_collected(false);
       return;
     }
+    recorder_.machine_track().record(Kind::collect, begin, ticks());
+    if (fill_ >= kFull) interval = std::max(kShortest, interval / 2);
+    else if (fill_ < kEmpty) interval = std::min(kLongest, interval * 2);
   }
+}
+
+void Collector::read_machine() {
+  machine_->read();
+  if (gpu_) gpu_->read();
+  if (drive_ && readings_ % kReadingsPerDrive == 0) drive_->read();
+  ++readings_;
 }
 
 Status Collector::collect() {
@@ -67,11 +92,13 @@ Status Collector::collect() {
     sources_.push_back({.track = track});
     SLUICE_TRY(file_.add_track(track->number(), track->name()));
   }
+  fill_ = 0;
   for (Source& source : sources_) {
     records_.clear();
     const uint64_t dropped = source.dropped;
     source.next = source.track->read(source.next, records_, source.dropped);
     if (records_.empty() && source.dropped == dropped) continue;
+    fill_ = std::max(fill_, static_cast<double>(records_.size()) / static_cast<double>(source.track->capacity()));
     totals_.records += records_.size();
     totals_.dropped += source.dropped - dropped;
     SLUICE_TRY(file_.add_records(source.track->number(), records_, source.dropped));

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "sluice/result.hpp"
+#include "trace/device_evidence.hpp"
 #include "trace/evidence.hpp"
 #include "trace/recorder.hpp"
 #include "trace/trace_file.hpp"
@@ -23,12 +24,18 @@ struct Totals {
   uint64_t dropped = 0;   // overwritten before they could be written
 };
 
+// Whose clocks and heat are read besides the counters of the operating system.
+struct Watched {
+  bool gpu = false;       // the GPU that computes
+  std::string weights;    // the drive that this file lies on; may be empty
+};
+
 class Collector {
  public:
   // Creates `path` and starts collecting what is recorded from now on. `note_json`: what is run, on what. The recorder
   // must outlive the object. Errors: not_found, io.
   static Result<std::unique_ptr<Collector>> start(Recorder& recorder, const std::string& path,
-                                                  const std::string& note_json);
+                                                  const std::string& note_json, const Watched& watched = {});
   // Stops and leaves the file unfinished if stop() was not called.
   ~Collector();
 
@@ -44,6 +51,7 @@ class Collector {
 
   Collector(Recorder& recorder, TraceFileWriter file) : recorder_(recorder), file_(std::move(file)) {}
   void run();
+  void read_machine();
   Status collect();
   void join();
 
@@ -51,7 +59,11 @@ class Collector {
   TraceFileWriter file_;
   std::vector<Source> sources_;
   std::vector<Record> records_;
+  double fill_ = 0;           // of the ring that the last collection found fullest: 1, it ran over
   std::unique_ptr<MachineEvidence> machine_;
+  std::unique_ptr<GpuEvidence> gpu_;       // may be null
+  std::unique_ptr<DriveEvidence> drive_;   // may be null
+  uint64_t readings_ = 0;
   Totals totals_;
   std::mutex mutex_;
   std::condition_variable wake_;

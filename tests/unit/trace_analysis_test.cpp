@@ -179,6 +179,8 @@ TEST_CASE("each rule names its cause from the part and the counter that it needs
   CHECK(cause(Part::matmul, [](Token& t) { set(t, Counter::run_delay_ns, 25e6); }) == Cause::scheduling);
   CHECK(cause(Part::matmul, [](Token& t) { set(t, Counter::psi_cpu_us, 25e3); }) == Cause::scheduling);
   CHECK(cause(Part::callback, [](Token& t) { set(t, Counter::run_delay_ns, 25e6); }) == Cause::scheduling);
+  CHECK(cause(Part::finish, [](Token& t) { set(t, Counter::gpu_throttle, 0x40); }) == Cause::gpu_clock);
+  CHECK(cause(Part::finish, [](Token& t) { set(t, Counter::gpu_throttle, 0x01); }) == Cause::compute);   // idle
   CHECK(cause(Part::matmul, [](Token& t) {
     set(t, Counter::run_delay_ns, 21e6);
     set(t, Counter::thread_cpu_ns, 19e6);
