@@ -20,8 +20,11 @@ constexpr uint64_t kTellingBytes = 32ull << 20;
 // Of memory, read twice for the prediction: 8 ms, and as large as most caches.
 constexpr uint64_t kRateSampleBytes = 32ull << 20;
 
-// Of a session's track: with 30 a token, its last 130.
-constexpr uint32_t kSessionRecords = 1u << 12;
+// Of a pass of a `prefill` fault.
+constexpr uint32_t kRivalRows = 256;
+
+// Of a session's track: with 30 a token, its last 270; of a model of 0.1 ms a token those of 27 ms.
+constexpr uint32_t kSessionRecords = 1u << 13;
 
 storage::IoMode mode_of(Io io) {
   switch (io) {
@@ -68,7 +71,22 @@ ModelInfo info_of(const exec::Engine& engine, uint32_t context) {
   return info;
 }
 
+// The other session of a `prefill` fault, in a slot of its own: prompts that nobody reads an answer to.
+std::function<bool()> rival_pass(exec::Engine& engine, uint32_t slot) {
+  std::vector<backend::Row> rows(std::min({kRivalRows, engine.shape().max_rows, engine.shape().context}));
+  for (uint32_t i = 0; i < rows.size(); ++i) rows[i] = {.session = slot, .position = i, .wants_logits = false};
+  const std::vector<int32_t> ids(rows.size());
+  return [&engine, rows, ids] {
+    exec::StageTimes times;
+    return engine.run(rows, ids, {}, times).has_value();
+  };
+}
+
 }  // namespace
+
+Model::State::~State() {
+  if (engine && engine->recorder().injector() != nullptr) engine->recorder().injector()->stop();
+}
 
 std::optional<uint32_t> Model::State::take_slot() {
   const std::lock_guard lock(slots_mutex);
@@ -113,10 +131,14 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
     SLUICE_TRY_ASSIGN(injection, trace::parse_injection(text));
     injections.push_back(injection);
   }
+  auto state = std::make_unique<Model::State>();
+  const bool has_rival = std::any_of(injections.begin(), injections.end(), [](const trace::Injection& injection) {
+    return injection.fault == trace::Fault::prefill;
+  });
+  if (has_rival) ++options.sessions;
   SLUICE_TRY_ASSIGN(opening, open_and_plan(path, options, options.bandwidths));
   const std::string backend_name = opening.backend->name();
   const std::string device_name = opening.backend->device_name();
-  auto state = std::make_unique<Model::State>();
   // Before anything is loaded: the sample is given back by then.
   const double memory_rate = memory_read_rate(options.threads, kRateSampleBytes, 2);
 
@@ -152,6 +174,10 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
   state->info.has_chat_template = state->chat_template.has_value();
   state->slot_taken.assign(opening.shape.sessions, false);
   state->slot_tracks.assign(opening.shape.sessions, nullptr);
+  if (has_rival) {
+    state->slot_taken.back() = true;
+    engine->recorder().injector()->set_rival(rival_pass(*engine, opening.shape.sessions - 1));
+  }
   state->bandwidths = options.bandwidths;
   if (state->bandwidths.device_memory <= 0 && backend_name == "cpu") state->bandwidths.device_memory = memory_rate;
   state->engine = std::move(engine);

@@ -25,6 +25,11 @@
 namespace sluice {
 
 struct Model::State {
+  State() = default;
+  ~State();
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
+
   ModelInfo info;
   std::unique_ptr<exec::Engine> engine;
   std::optional<model::Tokenizer> tokenizer;

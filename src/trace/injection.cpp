@@ -23,8 +23,10 @@ namespace sluice::trace {
 namespace {
 
 constexpr std::array<const char*, static_cast<size_t>(Fault::count)> kFaultNames = {
-    "read", "copy", "compute", "sampling", "callback", "preempt", "alloc", "compete", "evict"};
-constexpr size_t kCompetingRead = 1 << 20;
+    "read", "copy", "compute", "sampling", "callback", "preempt", "alloc", "compete", "evict", "prefill"};
+// As much in flight as twice the prefetcher's 32 requests of 512 KiB.
+constexpr size_t kCompetingRead = 4 << 20;
+constexpr size_t kCompetitors = 8;
 
 std::string list_of_faults() {
   std::string text;
@@ -93,12 +95,20 @@ Injector::Injector(std::vector<Injection> injections, const std::string& weights
             .place = injection.period,
             .random = std::mt19937_64(due_.size() + 1)};
     due_.push_back(std::move(due));
+    if (injection.fault != Fault::compete || read_buffer_.size() > 0) continue;
+    Result<Mapping> buffer = Mapping::anonymous(kCompetitors * kCompetingRead, "competing reads");
+    if (!buffer) continue;
+    read_buffer_ = std::move(*buffer);
+    std::fill(read_buffer_.bytes().begin(), read_buffer_.bytes().end(), std::byte{1});
   }
 }
 
-Injector::~Injector() {
+Injector::~Injector() { stop(); }
+
+void Injector::stop() {
   stopping_ = true;
   for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
 }
 
 void Injector::on_token(uint64_t bytes) {
@@ -133,12 +143,16 @@ void Injector::begin(const Injection& injection) {
       break;
     case Fault::preempt:
       for (unsigned i = 0; i < 3 * std::max(1u, std::thread::hardware_concurrency()); ++i)
-        start_thread(seconds, &Injector::burn);
+        start_thread(seconds, [this](uint64_t until_ns) { burn(until_ns); });
       break;
     case Fault::compete:
-      for (int i = 0; i < 4; ++i) start_thread(seconds, &Injector::compete);
+      for (size_t i = 0; i < read_buffer_.size() / kCompetingRead; ++i) {
+        const std::span<std::byte> buffer = read_buffer_.bytes().subspan(i * kCompetingRead, kCompetingRead);
+        start_thread(seconds, [this, buffer](uint64_t until_ns) { compete(until_ns, buffer); });
+      }
       break;
     case Fault::evict: evict(); break;
+    case Fault::prefill: start_thread(seconds, [this](uint64_t until_ns) { prefill(until_ns); }); break;
     case Fault::count: break;
   }
   track_.record(Kind::injected, at, ticks(), static_cast<uint16_t>(injection.fault), 0,
@@ -154,14 +168,14 @@ void Injector::take(Fault fault) {
   else std::this_thread::sleep_for(std::chrono::nanoseconds(ns));
 }
 
-void Injector::start_thread(double seconds, void (Injector::*work)(uint64_t until_ns)) {
+void Injector::start_thread(double seconds, std::function<void(uint64_t until_ns)> work) {
   const uint64_t until = steady_ns() + static_cast<uint64_t>(seconds * 1e9);
   constexpr size_t kMostThreads = 256;
   if (threads_.size() >= kMostThreads) {   // the oldest has ended long ago, unless faults lie on top of each other
     threads_.front().join();
     threads_.erase(threads_.begin());
   }
-  threads_.emplace_back([this, work, until] { (this->*work)(until); });
+  threads_.emplace_back(std::move(work), until);
 }
 
 // Where this user may, ahead of everything: on a busy machine three more tasks a core are not noticed otherwise.
@@ -171,16 +185,20 @@ void Injector::burn(uint64_t until_ns) {
   }
 }
 
-// Reads of a megabyte all over the container, around the page cache.
-void Injector::compete(uint64_t until_ns) {
+void Injector::prefill(uint64_t until_ns) {
+  while (!stopping_ && steady_ns() < until_ns && rival_ && rival_()) {
+  }
+}
+
+// Large reads all over the container, around the page cache.
+void Injector::compete(uint64_t until_ns, std::span<std::byte> buffer) {
   Result<UniqueFd> file = open_file(weights_, O_RDONLY | O_DIRECT);
-  Result<Mapping> buffer = Mapping::anonymous(kCompetingRead, "competing reads");
-  if (!file || !buffer) return;
+  if (!file) return;
   const off_t size = ::lseek(file->get(), 0, SEEK_END);
   std::mt19937_64 random(until_ns);
   while (!stopping_ && steady_ns() < until_ns) {
     const auto offset = static_cast<off_t>(random() % static_cast<uint64_t>(std::max<off_t>(1, size / 4096)) * 4096);
-    if (::pread(file->get(), buffer->data(), kCompetingRead, offset) < 0) return;
+    if (::pread(file->get(), buffer.data(), buffer.size(), offset) < 0) return;
   }
 }
 

@@ -5,12 +5,15 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <random>
+#include <span>
 #include <string>
 #include <string_view>
 #include <thread>
 #include <vector>
 
+#include "base/handles.hpp"
 #include "sluice/result.hpp"
 #include "trace/recorder.hpp"
 
@@ -26,6 +29,7 @@ enum class Fault : uint8_t {
   alloc,      // the decoding thread touches fresh memory
   compete,    // another thread reads the container from the drive
   evict,      // the mapped weights (--io mmap) are dropped from memory
+  prefill,    // another session reads a prompt
   count,
 };
 const char* name_of(Fault fault);
@@ -47,9 +51,14 @@ class Injector {
  public:
   // `weights`: the container. `track`: where each fault leaves a mark, for the report to show.
   Injector(std::vector<Injection> injections, const std::string& weights, Track& track);
-  ~Injector();
+  ~Injector();   // stop()
   Injector(const Injector&) = delete;
   Injector& operator=(const Injector&) = delete;
+
+  // What `prefill` does: one pass of another session, false if it failed. Called by threads of the injector.
+  void set_rival(std::function<bool()> pass) { rival_ = std::move(pass); }
+  // Ends the injector's threads, before what they use goes.
+  void stop();
 
   // Between two tokens, by the decoding thread: `bytes` read for streaming so far. What is due begins, here or in
   // a thread, or waits for its place (take).
@@ -65,9 +74,10 @@ class Injector {
   };
 
   void begin(const Injection& injection);
-  void start_thread(double seconds, void (Injector::*work)(uint64_t until_ns));
-  void compete(uint64_t until_ns);
+  void start_thread(double seconds, std::function<void(uint64_t until_ns)> work);
+  void compete(uint64_t until_ns, std::span<std::byte> buffer);
   void burn(uint64_t until_ns);
+  void prefill(uint64_t until_ns);
   void touch_memory(double seconds);
   void evict();
 
@@ -77,6 +87,8 @@ class Injector {
   const uint64_t started_ns_;
   uint64_t tokens_ = 0;
   std::array<std::atomic<uint64_t>, static_cast<size_t>(Fault::count)> pending_ns_{};
+  Mapping read_buffer_;              // of the competing reads, touched before anything is timed
+  std::function<bool()> rival_;
   std::atomic<bool> stopping_{false};
   std::vector<std::thread> threads_;
 };
