@@ -22,6 +22,9 @@ using nlohmann::json;
 // A token counts as accounted for when named parts explain this share of it.
 constexpr double kAccounted = 0.99;
 constexpr size_t kMostSteps = 4;
+// Of a train that is another one's aftermath: tokens behind its spikes, how much smaller, and the share that follows.
+constexpr size_t kAftermath = 3;
+constexpr double kMuchLarger = 5, kMostFollow = 0.8;
 
 class Reporter {
  public:
@@ -132,11 +135,18 @@ class Reporter {
 
   void add_spikes(json& report) const {
     const Attribution attribution(decoded_);
-    const std::vector<Train> trains = trains_of(baseline_.score, spikes_, clocks_);
+    std::vector<Explained> trains;
+    for (Train& train : trains_of(baseline_.score, spikes_, clocks_)) {
+      Finding finding = attribution.explain(train.members);
+      trains.push_back({.train = std::move(train), .finding = std::move(finding)});
+    }
+    for (Explained& train : trains) {
+      for (const Explained& other : trains) inherit(train, other);
+    }
     report["trains"] = json::array();
     std::vector<size_t> loose = spikes_;
-    for (const Train& train : trains) {
-      report["trains"].push_back(train_json(train, attribution.explain(train.members)));
+    for (const auto& [train, finding] : trains) {
+      report["trains"].push_back(train_json(train, finding));
       std::erase_if(loose, [&](size_t i) { return std::binary_search(train.members.begin(), train.members.end(), i); });
     }
     std::map<std::string, uint64_t> causes;
@@ -149,6 +159,30 @@ class Reporter {
     report["spikes"] = spikes_;
     report["loose_spikes"] = {
         {"count", loose.size()}, {"excess_seconds", excess}, {"share_of_time", share(excess)}, {"causes", causes}};
+  }
+
+  struct Explained {
+    Train train;
+    Finding finding;
+  };
+
+  // A long stall leaves cold caches and late neighbours: a train of small spikes right behind those of a large one is its
+  // aftermath, and has its cause.
+  static void inherit(Explained& small, const Explained& large) {
+    const std::vector<size_t>&members = small.train.members, &before = large.train.members;
+    const auto each = [](const Explained& e) {
+      return e.finding.excess_seconds / static_cast<double>(e.train.members.size());
+    };
+    if (each(large) < kMuchLarger * each(small)) return;
+    const auto behind = [&](size_t i) {
+      const auto after = std::upper_bound(before.begin(), before.end(), i);
+      return after != before.begin() && i - *std::prev(after) <= kAftermath;
+    };
+    const auto followers = static_cast<double>(std::count_if(members.begin(), members.end(), behind));
+    if (followers < kMostFollow * static_cast<double>(members.size())) return;
+    small.finding.cause = large.finding.cause;
+    small.finding.grade = large.finding.grade;
+    small.finding.evidence = "they follow larger spikes, whose aftermath they are";
   }
 
   json train_json(const Train& train, const Finding& finding) const {
