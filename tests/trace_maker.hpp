@@ -18,9 +18,10 @@ namespace sluice::test {
 
 // Bytes of a whole trace file that `write` filled; ticks are nanoseconds in it.
 template <class Write>
-std::vector<std::byte> trace_bytes(const std::string& path, Write&& write, bool finish = true) {
+std::vector<std::byte> trace_bytes(const std::string& path, Write&& write, bool finish = true,
+                                          const char* note = R"({"command":"test"})") {
   const trace::ClockPair started{.ticks = 1000, .steady_ns = trace::steady_ns(), .error_ns = 50};
-  auto file = trace::TraceFileWriter::create(path, started, R"({"command":"test"})");
+  auto file = trace::TraceFileWriter::create(path, started, note);
   SLUICE_CHECK(file);
   uint64_t records = 0;
   write(*file, records);

@@ -132,6 +132,9 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
     injections.push_back(injection);
   }
   auto state = std::make_unique<Model::State>();
+  state->options = options;
+  state->options.log = nullptr;
+  state->options.load_progress = nullptr;
   const bool has_rival = std::any_of(injections.begin(), injections.end(), [](const trace::Injection& injection) {
     return injection.fault == trace::Fault::prefill;
   });

@@ -236,7 +236,7 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
     const Span output(times.output);
     if (can_end && std::find(spec.stop_ids.begin(), spec.stop_ids.end(), id) != spec.stop_ids.end()) {
       reason = text.finish() ? StopReason::stop_text : StopReason::end_of_text;
-      if (!text.ready().empty()) on_token({.id = id, .text = text.ready()});
+      if (on_token && !text.ready().empty()) on_token({.id = id, .text = text.ready()});
       break;
     }
     const bool last = generated == options.max_tokens || state.tokens.size() == state.model.info.context;
@@ -244,9 +244,9 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
     parts.span(trace::Kind::detokenize);
     if (injector != nullptr) {
       injector->on_token(state.model.engine->weights().bytes_read());
-      injector->take(trace::Fault::callback);
+      if (on_token) injector->take(trace::Fault::callback);
     }
-    if (!on_token({.id = id, .text = text.ready()}) && !reason) reason = StopReason::cancelled;
+    if (on_token && !on_token({.id = id, .text = text.ready()}) && !reason) reason = StopReason::cancelled;
     if (decoding && state.timings.token_latencies.size() < kMostLatencies) {
       state.timings.token_latencies.push_back(total.seconds());
     }

@@ -31,6 +31,7 @@ struct Model::State {
   State& operator=(const State&) = delete;
 
   ModelInfo info;
+  ModelOptions options;                 // as given, without hooks
   std::unique_ptr<exec::Engine> engine;
   std::optional<model::Tokenizer> tokenizer;
   std::optional<model::ChatTemplate> chat_template;
@@ -74,13 +75,13 @@ struct Session::State {
   Model::State& model;
   const uint32_t slot;
   trace::Track& track;
+  trace::Chain parts{track};            // of a token, one behind the other
   std::optional<trace::TokenEvidence> evidence;   // opened with the first token of a trace
   std::vector<int32_t> tokens;          // capacity: the context
   uint32_t evaluated = 0;               // tokens that are in the KV cache
   std::vector<float> logits;            // of the token before position logits_at
   size_t logits_at = 0;                 // tokens.size() for which `logits` predicts the next; 0: none
   std::vector<backend::Row> rows;       // of one pass
-  trace::Chain parts{track};            // of a token, one behind the other
   Timings timings;
   std::optional<std::chrono::steady_clock::time_point> first_append;
   std::atomic<bool> cancelled{false};

@@ -2,12 +2,14 @@
 // Traces through the public API: writing them, and what they say.
 #include <sys/utsname.h>
 
+#include <filesystem>
 #include <thread>
 #include <utility>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include "api/rerun.hpp"
 #include "api/state.hpp"
 #include "sluice/sluice.hpp"
 #include "storage/container.hpp"
@@ -45,12 +47,12 @@ nlohmann::json tier_map(const exec::Engine& engine) {
   return layers;
 }
 
-std::string note_of(const ModelInfo& info, const exec::Engine& engine, const std::string& command) {
+std::string note_of(const ModelInfo& info, const ModelOptions& options, const exec::Engine& engine, const TraceNote& of) {
   utsname names = {};
   (void)::uname(&names);
-  const nlohmann::json note = {
+  nlohmann::json note = {
       {"sluice", version()},
-      {"command", command},
+      {"command", of.command},
       {"model", {{"name", info.name}, {"architecture", info.architecture}, {"uuid", info.uuid}, {"file", info.path},
                  {"layers", info.layers}, {"hidden", info.hidden}, {"vocab", info.vocab}, {"context", info.context}}},
       {"backend", info.backend},
@@ -62,17 +64,24 @@ std::string note_of(const ModelInfo& info, const exec::Engine& engine, const std
       {"kernel", fmt::format("{} {}", names.sysname, names.release)},
       {"cores", std::thread::hardware_concurrency()},
       {"tiers", tier_map(engine)}};
+  if (!of.prompt.empty()) {
+    std::error_code unknown;
+    const std::filesystem::path path = std::filesystem::absolute(info.path, unknown);
+    note["rerun"] = api::rerun_json({.path = unknown ? info.path : path.string(), .options = options,
+                                  .prompt = of.prompt, .generate = of.generate});
+  }
   return note.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 }  // namespace
 
-Status Model::start_trace(const std::string& path, const std::string& command) {
+Status Model::start_trace(const std::string& path, const TraceNote& note) {
   if (state_->collector) return fail(ErrorCode::usage, "a trace of this model is being written already; stop it first");
-  SLUICE_TRY_ASSIGN(collector, trace::Collector::start(state_->engine->recorder(), path,
-                                                       note_of(state_->info, *state_->engine, command),
-                                                       {.gpu = state_->info.backend != "cpu",
-                                                        .weights = state_->info.path}));
+  exec::Engine& engine = *state_->engine;
+  const ModelInfo& info = state_->info;
+  SLUICE_TRY_ASSIGN(collector, trace::Collector::start(engine.recorder(), path,
+                                                       note_of(info, state_->options, engine, note),
+                                                       {.gpu = info.backend != "cpu", .weights = info.path}));
   state_->collector = std::move(collector);
   return {};
 }
@@ -90,7 +99,7 @@ Result<std::string> analyze_trace(const std::string& path) {
   return trace::report_of(trace, tokens).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
-Status export_trace(const std::string& path, TraceFormat format, const std::string& output) {
+Status export_trace(const std::string& path, TraceFormat format, const std::string& output, const std::string& report) {
   SLUICE_TRY_ASSIGN(trace, trace::read_trace(path));
   switch (format) {
     case TraceFormat::perfetto:
@@ -101,7 +110,9 @@ Status export_trace(const std::string& path, TraceFormat format, const std::stri
     case TraceFormat::html: break;
   }
   SLUICE_TRY_ASSIGN(tokens, trace::tokens_of(trace));
-  const std::string page = trace::html_report(trace::report_of(trace, tokens), tokens);
+  nlohmann::json shown = report.empty() ? trace::report_of(trace, tokens) : nlohmann::json::parse(report, nullptr, false);
+  if (!shown.is_object()) return fail(ErrorCode::usage, "the report to be shown is not what analyze_trace() gave");
+  const std::string page = trace::html_report(shown, tokens);
   return trace::write_to_file(output, [&](const trace::Sink& sink) { return sink(page); });
 }
 

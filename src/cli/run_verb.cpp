@@ -108,7 +108,8 @@ Result<int> run(const Flags& flags) {
   SLUICE_TRY_ASSIGN(session, model.new_session());
   SLUICE_TRY(session.append(tokens));
 
-  if (!flags.trace.empty()) SLUICE_TRY(model.start_trace(flags.trace, "run"));
+  if (!flags.trace.empty())
+    SLUICE_TRY(model.start_trace(flags.trace, {.command = "run", .prompt = tokens, .generate = flags.generate}));
   CancelOnInterrupt interrupt(session);
   std::string answer;
   std::vector<int32_t> ids;

@@ -72,6 +72,7 @@ std::string spikes_text(const json& report) {
     text += fmt::format("\n  {} ({}): {}", train["cause"].get<std::string>(), train["grade"].get<std::string>(),
                         train["cause_text"].get<std::string>());
     if (!train["evidence"].get<std::string>().empty()) text += "; " + train["evidence"].get<std::string>();
+    if (train.contains("confirmation")) text += "\n  " + train["confirmation"]["text"].get<std::string>();
     for (const json& clock : train["also"])
       text += fmt::format("\n  the {} clock fits as well", clock.get<std::string>());
   }

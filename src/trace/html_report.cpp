@@ -222,11 +222,13 @@ class Page {
   void findings() {
     html_ += "<h2>What stood out</h2>";
     for (const json& train : report_["trains"]) {
+      std::string evidence = train["evidence"].get<std::string>();
+      if (train.contains("confirmation")) evidence += "; " + train["confirmation"]["text"].get<std::string>();
       html_ += fmt::format(
-          "<p><b>Every {}</b>: {} spikes in {:.0f} places, {} each, {:.1f}% of the time. {}: <b>{}</b> ({}). {}</p>",
+          "<p><b>Every {}</b>: {} spikes in {:.0f} places, {} each, {:.1f}% of the time. Cause: <b>{}</b> ({}). {}.</p>",
           period_text(train), train["tokens"].size(), train["places"].get<double>(), seconds_of(train["excess_each"]),
-          100 * train["share_of_time"].get<double>(), "Cause", escaped(train["cause_text"].get<std::string>()),
-          train["grade"].get<std::string>(), escaped(train["evidence"].get<std::string>()));
+          100 * train["share_of_time"].get<double>(), escaped(train["cause_text"].get<std::string>()),
+          train["grade"].get<std::string>(), escaped(evidence));
     }
     const json& loose = report_["loose_spikes"];
     std::string causes;
@@ -411,7 +413,7 @@ class Page {
 
   void rows(const json& object, const std::string& prefix) {
     for (const auto& [name, value] : object.items()) {
-      if (name == "tiers") continue;
+      if (name == "tiers" || name == "rerun") continue;
       if (value.is_object() && prefix.empty()) {
         rows(value, name + " ");
         continue;

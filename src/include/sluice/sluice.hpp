@@ -169,6 +169,14 @@ struct TraceTotals {
   uint64_t records = 0, dropped = 0;
 };
 
+// What a trace says of the run it is of.
+struct TraceNote {
+  std::string command;               // what is run, for the report
+  // What goes through a new session, and how it goes on: with a prompt, confirm_trace() can run it again.
+  std::vector<int32_t> prompt;
+  GenerateOptions generate;
+};
+
 class Session;
 namespace api {
 struct Access;
@@ -197,9 +205,9 @@ class SLUICE_API Model {
   Sampling default_sampling() const;         // of the generation config, negative where it says nothing
 
   // Writes what happens from now on to a trace (docs/tracing.md), until stop_trace or the model's end; a file that was
-  // not stopped lacks the last 20 ms. `command`: for the report, what is run. Not while another trace is written (usage).
-  // Errors: usage, not_found, io. Sessions may be in use; start_trace and stop_trace themselves take one thread at a time.
-  Status start_trace(const std::string& path, const std::string& command = {});
+  // not stopped lacks the last 100 ms. Not while another trace is written (usage). Errors: usage, not_found, io. Sessions
+  // may be in use; start_trace and stop_trace themselves take one thread at a time.
+  Status start_trace(const std::string& path, const TraceNote& note = {});
   // Finishes the file. Errors: usage (none is written), io (the first write that failed).
   Result<TraceTotals> stop_trace();
 
@@ -227,8 +235,8 @@ class SLUICE_API Session {
   // cancelled.
   Status flush();
   // Generates until a stop. The callback sees every token that becomes part of the text and returns false to stop
-  // ("cancelled"); a token that ends the text is handed out only if text before it was still held back. Error: usage (an
-  // empty sequence), and those of a pass: io, corrupt, numeric, device.
+  // ("cancelled"); an empty one takes every token. A token that ends the text is handed out only if text before it was
+  // still held back. Error: usage (an empty sequence), and those of a pass: io, corrupt, numeric, device.
   Result<StopReason> generate(const GenerateOptions& options, const std::function<bool(const Token&)>& on_token);
   // Ends the generate, flush or score that is running, or the next one, between two passes. Any thread, signal handlers
   // included.
@@ -334,9 +342,21 @@ class SLUICE_API TextCodec {
 // version; a trace without a token).
 SLUICE_API Result<std::string> analyze_trace(const std::string& path);
 // The same trace for others: a page that needs nothing else, Perfetto's protobuf (ui.perfetto.dev), or the Trace Event
-// Format of Chrome. Errors: those of analyze_trace; io, not_found (the folder of `output`).
+// Format of Chrome. `report`: for html, what analyze_trace or confirm_trace gave; empty: analyzed here. Errors: those of
+// analyze_trace; io, not_found (the folder of `output`).
 enum class TraceFormat { html, perfetto, chrome };
-SLUICE_API Status export_trace(const std::string& path, TraceFormat format, const std::string& output);
+SLUICE_API Status export_trace(const std::string& path, TraceFormat format, const std::string& output,
+                               const std::string& report = {});
+
+struct ConfirmOptions {
+  LogHook log;
+  std::function<void(uint64_t done, uint64_t total)> progress;   // tokens of all runs
+};
+// Puts the causes of a trace's spike trains to the test: makes its run (TraceNote) again as it was, and once more for
+// each cause that Sluice can take out of the way. Returns analyze_trace()'s object, with a `confirmation` in each train
+// that has a cause and the grade `confirmed` where the spikes came again and went with the cause. Errors: those of
+// analyze_trace; unsupported (the trace does not say what was run); those of Model::open and Session::generate.
+SLUICE_API Result<std::string> confirm_trace(const std::string& path, const ConfirmOptions& options = {});
 
 // ---- The machine -----------------------------------------------------------------------------------------------
 
