@@ -109,10 +109,10 @@ Status Session::State::run_rows(uint32_t count, bool all_logits, bool last_logit
   return {};
 }
 
-void Session::State::record_evidence() {
+void Session::State::record_evidence(uint64_t token_begin) {
   if (!model.engine->recorder().collected()) return;
   if (!evidence) evidence.emplace(track, model.info.path);
-  evidence->read();
+  evidence->read(parts.last() - token_begin);
   track.count(trace::Counter::context, parts.last(), tokens.size());
   track.count(trace::Counter::stream_bytes, parts.last(), model.engine->weights().bytes_read());
   parts.span(trace::Kind::evidence);
@@ -251,7 +251,7 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
       state.timings.token_latencies.push_back(total.seconds());
     }
     parts.span(trace::Kind::callback);
-    state.record_evidence();
+    state.record_evidence(token_begin);
     state.track.record(trace::Kind::token, token_begin, parts.last(), trace::Record::kNoLayer, pending, state.tokens.size());
   }
   state.cancelled.store(false);

@@ -68,8 +68,8 @@ struct Session::State {
   void note_first_token();
   // Copies what the model counts into `timings`.
   void update_timings();
-  // Adds the counters of one token to the trace, if there is one, as its last part.
-  void record_evidence();
+  // Adds the counters of one token to the trace, if there is one, as its last part. It began at this stamp.
+  void record_evidence(uint64_t token_begin);
   bool take_cancel() { return cancelled.exchange(false); }
 
   Model::State& model;

@@ -8,6 +8,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <charconv>
 
 #include <fmt/format.h>
@@ -66,7 +67,18 @@ TokenEvidence::TokenEvidence(Track& track, const std::string& weights)
   }
 }
 
-void TokenEvidence::read() {
+bool TokenEvidence::tells(uint64_t token_ticks) {
+  constexpr double kSlow = 1.25, kPace = 1.0 / 16;
+  constexpr uint32_t kMostTokens = 16;
+  const auto taken = static_cast<double>(token_ticks);
+  const bool tells = taken > kSlow * usual_ticks_ || ++since_all_ >= kMostTokens;
+  if (tells) since_all_ = 0;
+  // A slow token moves what is usual by no more than one that is twice as slow.
+  usual_ticks_ = usual_ticks_ > 0 ? usual_ticks_ + kPace * (std::min(taken, 2 * usual_ticks_) - usual_ticks_) : taken;
+  return tells;
+}
+
+void TokenEvidence::read(uint64_t token_ticks) {
   const uint64_t at = ticks();
   read_usage(at);
   const auto self = static_cast<pid_t>(::syscall(SYS_gettid));
@@ -78,10 +90,12 @@ void TokenEvidence::read() {
   const std::string_view schedule = schedule_.read();
   if (number_at(schedule, 0, value)) track_.count(Counter::thread_cpu_ns, at, value);
   if (number_at(schedule, 1, value)) track_.count(Counter::run_delay_ns, at, value);
-  if (number_at(memory_.read(), 1, value)) track_.count(Counter::resident_bytes, at, value * 4096);
   read_pressure(at, cpu_pressure_, Counter::psi_cpu_us);
-  read_pressure(at, io_pressure_, Counter::psi_io_us);
-  read_pressure(at, memory_pressure_, Counter::psi_memory_us);
+  if (tells(token_ticks)) {
+    if (number_at(memory_.read(), 1, value)) track_.count(Counter::resident_bytes, at, value * 4096);
+    read_pressure(at, io_pressure_, Counter::psi_io_us);
+    read_pressure(at, memory_pressure_, Counter::psi_memory_us);
+  }
   // Documentation/block/stat.rst of Linux: reads, merged, sectors, ms, writes, merged, sectors, ms.
   const std::string_view drive = drive_.read();
   constexpr struct {
