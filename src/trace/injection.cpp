@@ -152,7 +152,7 @@ void Injector::begin(const Injection& injection) {
       }
       break;
     case Fault::evict: evict(); break;
-    case Fault::prefill: start_thread(seconds, [this](uint64_t until_ns) { prefill(until_ns); }); break;
+    case Fault::prefill: start_prefill(seconds); break;
     case Fault::count: break;
   }
   track_.record(Kind::injected, at, ticks(), static_cast<uint16_t>(injection.fault), 0,
@@ -185,9 +185,16 @@ void Injector::burn(uint64_t until_ns) {
   }
 }
 
-void Injector::prefill(uint64_t until_ns) {
-  while (!stopping_ && steady_ns() < until_ns && rival_ && rival_()) {
-  }
+// The other session asks for its turn before the decoding one goes on, however long a thread takes to start.
+void Injector::start_prefill(double seconds) {
+  constexpr uint64_t kLongestStart = 20'000'000;
+  rival_came_ = false;
+  start_thread(seconds, [this](uint64_t until_ns) {
+    rival_came_ = true;
+    while (!stopping_ && rival_ && rival_() && steady_ns() < until_ns) {
+    }
+  });
+  for (const uint64_t begin = steady_ns(); !rival_came_ && steady_ns() - begin < kLongestStart;) std::this_thread::yield();
 }
 
 // Large reads all over the container, around the page cache.

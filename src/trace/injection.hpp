@@ -77,7 +77,7 @@ class Injector {
   void start_thread(double seconds, std::function<void(uint64_t until_ns)> work);
   void compete(uint64_t until_ns, std::span<std::byte> buffer);
   void burn(uint64_t until_ns);
-  void prefill(uint64_t until_ns);
+  void start_prefill(double seconds);
   void touch_memory(double seconds);
   void evict();
 
@@ -89,6 +89,7 @@ class Injector {
   std::array<std::atomic<uint64_t>, static_cast<size_t>(Fault::count)> pending_ns_{};
   Mapping read_buffer_;              // of the competing reads, touched before anything is timed
   std::function<bool()> rival_;
+  std::atomic<bool> rival_came_{false};
   std::atomic<bool> stopping_{false};
   std::vector<std::thread> threads_;
 };

@@ -10,7 +10,7 @@ from sluice_process import CliTest
 class Confirm(CliTest):
     def trains(self, inject, *placement, model=None, tokens=200):
         self.trace = os.path.join(sp.SCRATCH, "confirm.sltrace")
-        self.succeeds("run", model or sp.talking(), "-p", "Hello", "-n", tokens, "--ignore-eos", "--context", 256, "-q",
+        self.succeeds("run", model or sp.talking(), "-p", "Hello", "-n", tokens, "--ignore-eos", "--context", 512, "-q",
                       "--trace", self.trace, "--inject", inject, *placement)
         return self.prints_json("trace", self.trace, "--confirm", "--json")["trains"]
 
@@ -29,7 +29,7 @@ class Confirm(CliTest):
         self.assertIn("a token", confirmation["text"])
 
     def smallest(self):
-        return sp.smallest_budget(sp.talking(), "--context", "256")
+        return sp.smallest_budget(sp.talking(), "--context", "512")
 
     def test_a_slow_consumer_is_confirmed_by_taking_nobody(self):
         self.assert_confirmed("consumer", self.trains("callback:period=16,ms=20"))
@@ -45,7 +45,7 @@ class Confirm(CliTest):
         self.assert_confirmed("page_faults", self.trains("evict:period=16", "--io", "mmap", model=sp.slow()))
 
     def test_another_session_is_confirmed_by_leaving_it_out(self):
-        self.assert_confirmed("interference", self.trains("prefill:period=16,ms=1", model=sp.slow()))
+        self.assert_confirmed("interference", self.trains("prefill:period=25,ms=1", model=sp.slow(), tokens=400))
 
     def test_what_cannot_be_taken_away_stays_correlated_and_says_why(self):
         train = self.the_one("compute", self.trains("compute:period=16,ms=20"))
