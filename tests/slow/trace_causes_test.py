@@ -10,7 +10,7 @@ its own. Whether it is is known before its trace is looked at.
 SLUICE_RUNS      runs of each kind (default 6)
 SLUICE_SEED      the first one's seed (default 1001: thresholds were chosen on seeds below 1000)
 SLUICE_RESULTS   a file that takes a line of JSON for each run; runs that are in it already are not made again
-SLUICE_SECONDS   ends after so long, skipped, if runs are missing: with SLUICE_RESULTS the next call goes on
+SLUICE_SECONDS   ends after so long (default 900), skipped, if runs are missing: with SLUICE_RESULTS the next call goes on
 """
 import collections
 import json
@@ -28,7 +28,7 @@ from sluice_process import CliTest  # noqa: E402
 RUNS = int(os.environ.get("SLUICE_RUNS", "6"))
 FIRST_SEED = int(os.environ.get("SLUICE_SEED", "1001"))
 RESULTS = os.environ.get("SLUICE_RESULTS")
-SECONDS = float(os.environ.get("SLUICE_SECONDS", "1e9"))
+SECONDS = float(os.environ.get("SLUICE_SECONDS", "900"))
 # Share of all cores that other processes may take beside a run.
 OTHERS = 0.05
 PLACES = 14                  # of a fault in a run
