@@ -19,7 +19,7 @@ namespace {
 using nlohmann::json;
 
 // Room for labels at the size that a phone needs.
-constexpr double kWidth = 760, kLeft = 96, kRight = 16, kTop = 16, kBottom = 56;
+constexpr double kWidth = 760, kLeft = 116, kRight = 16, kTop = 16, kBottom = 56;
 constexpr double kPlotWidth = kWidth - kLeft - kRight;
 constexpr size_t kColumns = 300;     // of a figure over all tokens: more than a phone has pixels for
 
@@ -126,8 +126,9 @@ class Figure {
   }
   void x_axis(double end, std::string_view unit) {
     const double step = nice_step(end, 4);
+    // A number at the right edge would be cut off if it were centred.
     for (double value = 0; value <= end * 1.001; value += step)
-      text(x(value / end), height_ - 34, "middle", fmt::format("{:g}", value));
+      text(x(value / end), height_ - 34, value > 0.97 * end ? "end" : "middle", fmt::format("{:g}", value));
     text(kWidth - kRight, height_ - 8, "end", unit);
   }
   std::string take() { return std::move(svg_) + "</svg>"; }
@@ -395,8 +396,9 @@ class Page {
         below += height;
       }
     }
-    figure.text(Figure::x(0), 200 - 34, "start", "embedding, layers, head");
-    figure.text(kLeft - 6, kTop + 12, "end", format_bytes(static_cast<uint64_t>(std::clamp(top, 0.0, 1e18))));
+    figure.text(Figure::x(0), 200 - 34, "start",
+                fmt::format("embedding, layers, head; the largest {}",
+                            format_bytes(static_cast<uint64_t>(std::clamp(top, 0.0, 1e18)))));
     html_ += "<h2>Where the weights are</h2>" + figure.take() + "<ul class=\"key\">";
     for (const auto& [tier, color] : kTiers)
       html_ += fmt::format("<li><span style=\"background:var({})\"></span>{}</li>", color, tier);
