@@ -48,6 +48,7 @@ Status measure_cost(Model& model, Session& session, const char* trace, int pairs
       seconds[traced ? 1 : 0] = taken;
     }
     if (pair >= 0) std::printf("{\"plain\":%.9f,\"traced\":%.9f}\n", seconds[0], seconds[1]);
+    (void)std::fflush(stdout);
   }
   return {};
 }
