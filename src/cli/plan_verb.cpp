@@ -165,7 +165,7 @@ void add_plan(CLI::App& app, Chosen& chosen) {
   verb->add_option("--rate", flags->advice.tokens_per_second,
                    "Tokens a second that are enough: beyond them no loss is worth more (default 10)")
       ->check(CLI::Range(0.0, 1e9))->type_name("N")->needs(advice)->group(group);
-  verb->footer("Examples:\n  sluice plan models/smollm2-135m.sluice --device-memory 48M --context 512\n"
+  verb->footer("Example:\n  sluice plan models/smollm2-135m.sluice --device-memory 48M --context 512\n"
                "  sluice plan configs/models/deepseek-r1-distill-llama-70b.toml --advise --workload math "
                "--device configs/devices/rtx-4090.toml");
   verb->callback([flags, &chosen] {
