@@ -133,7 +133,7 @@ class Quantizer {
       files.push_back({file.path, info.st_size, info.st_mtim.tv_sec, info.st_mtim.tv_nsec});
     }
     SLUICE_TRY_ASSIGN(recipe, import::read_text_file(options_.recipe, kMaxRecipeBytes));
-    return Json{{"format", 2},  // goes up where the same options give other bits
+    return Json{{"format", 1},
                 {"source", std::move(files)},
                 {"recipe", checksum_of_text(recipe)},
                 {"method", options_.method ? static_cast<int>(*options_.method) : -1},

@@ -215,13 +215,14 @@ class LayerWork {
           const Tensor part = rows_of(tensor, rows);
           quant::Planes rounded;
           if (factor != nullptr) {
-            rounded = quant::round_by_gptq(part, weights, *factor,
-                                           {.symmetric = choice.symmetric, .residual = context_.options.residual},
-                                           losses[slab]);
+            rounded = quant::round_by_gptq(part, weights, *factor, choice.symmetric, losses[slab]);
           } else {
             rounded = quant::round_rows(part, weights);
             losses[slab] = quant::loss_of(part, weights, rounded);
-            if (context_.options.residual && part.scheme == Scheme::int4) quant::add_residual(part, weights, rounded);
+          }
+          if (context_.options.residual && part.scheme == Scheme::int4) {
+            if (factor != nullptr) quant::add_residual_by_gptq(part, weights, *factor, rounded);
+            else quant::add_residual(part, weights, rounded);
           }
           return rounded;
         }));

@@ -10,7 +10,6 @@
 #include <cmath>
 #include <functional>
 #include <future>
-#include <limits>
 #include <numeric>
 
 #include "base/check.hpp"
@@ -30,18 +29,6 @@ constexpr uint32_t kMomentBlock = 256;  // of the matrix of moments that a threa
 constexpr Index kColumnBlock = 64;      // columns whose errors wait before they reach the columns behind the block
 constexpr uint32_t kRowSlab = 64;       // rows rounded together: a column of them stays in two cache lines per vector
 
-// How grids are chosen, and how far a weight may be moved.
-struct Manner {
-  std::span<const float> costs;                          // of a squared error, by column
-  float slack = 0;                                       // of find_int4_grid
-  float reach = std::numeric_limits<float>::max();  // steps between a weight and what is rounded in its place
-};
-
-// A base with a residual behind it. Sixteen steps must reach whatever the base leaves; so its grids clip less where
-// that costs less than a tenth, and no weight makes up for others beyond what the residual reaches with fine steps.
-constexpr float kBaseSlack = 0.1f;
-constexpr float kBaseReach = 0.75f;
-
 // Rows of one slab in the order of rounding: [cols][rows], so that a column is contiguous.
 struct Slab {
   const storage::Tensor& tensor;
@@ -49,7 +36,6 @@ struct Slab {
   std::span<const float> weights;  // of the whole tensor
   uint32_t first = 0, rows = 0;
   float unscale = 1;  // 2^-scale_exponent
-  Manner how;
 };
 
 // Grids of every (row, group) of the slab.
@@ -63,8 +49,8 @@ std::vector<Int4Grid> find_grids(const Slab& slab, bool symmetric) {
       const uint64_t begin = g * group, count = std::min<uint64_t>(group, cols - begin);
       const float* from = slab.weights.data() + (slab.first + row) * cols + begin;
       for (uint64_t k = 0; k < count; ++k) shifted[k] = from[k] * slab.unscale;
-      grids[row * groups + g] = find_int4_grid(std::span(shifted).first(count), slab.how.costs.subspan(begin, count),
-                                               symmetric, slab.how.slack);
+      grids[row * groups + g] =
+          find_int4_grid(std::span(shifted).first(count), slab.factor.importance().subspan(begin, count), symmetric);
     }
   }
   return grids;
@@ -94,10 +80,7 @@ RoundingLoss round_slab(const Slab& slab, const std::vector<Int4Grid>& grids, ui
       const float inverse = 1.0f / u[j];
       for (Index r = 0; r < rows; ++r) {
         const Int4Grid& grid = grids[static_cast<uint64_t>(r) * groups + group];
-        const float weight =
-            slab.weights[(slab.first + static_cast<uint64_t>(r)) * slab.tensor.cols + column] * slab.unscale;
-        const float room = slab.how.reach * std::fabs(grid.scale);
-        const uint8_t code = grid.code(std::min(weight + room, std::max(weight - room, w(r, j))));
+        const uint8_t code = grid.code(w(r, j));
         codes[static_cast<uint64_t>(r) * slab.tensor.cols + column] = code;
         const float error = (w(r, j) - grid.value(code)) * inverse;
         errors(r, j - begin) = error;
@@ -153,12 +136,12 @@ GptqFactor::~GptqFactor() = default;
 Result<GptqFactor> GptqFactor::create(SecondMoments moments, float damp, const std::string& what) {
   const size_t cols = moments.cols_;
   GptqFactor self;
-  self.mean_squares_.resize(cols);
+  self.diagonal_.resize(cols);
   const float per_row = moments.count_ == 0 ? 1.0f : 1.0f / static_cast<float>(moments.count_);
   double mean = 0;
   for (size_t k = 0; k < cols; ++k) {
-    self.mean_squares_[k] = moments.sum_[k * cols + k] * per_row;
-    mean += static_cast<double>(self.mean_squares_[k]) / static_cast<double>(cols);
+    self.diagonal_[k] = moments.sum_[k * cols + k] * per_row;
+    mean += static_cast<double>(self.diagonal_[k]) / static_cast<double>(cols);
   }
   if (!std::isfinite(mean)) {
     return fail(ErrorCode::numeric,
@@ -170,7 +153,7 @@ Result<GptqFactor> GptqFactor::create(SecondMoments moments, float damp, const s
   self.order_.resize(cols);
   std::iota(self.order_.begin(), self.order_.end(), 0u);
   std::stable_sort(self.order_.begin(), self.order_.end(),
-                   [&](uint32_t a, uint32_t b) { return self.mean_squares_[a] > self.mean_squares_[b]; });
+                   [&](uint32_t a, uint32_t b) { return self.diagonal_[a] > self.diagonal_[b]; });
 
   // With J the reversal of rows, J H J = L L^T gives H = R R^T with R = J L J upper triangular, so U = inverse(R) is
   // upper triangular and U^T U = inverse(H): one factorization and one triangular solve.
@@ -197,11 +180,6 @@ Result<GptqFactor> GptqFactor::create(SecondMoments moments, float damp, const s
       for (size_t j = 0; j < cols; ++j)
         self.factor_[i * cols + j] = moments.sum_[(cols - 1 - i) * cols + (cols - 1 - j)];
     }
-    self.error_costs_.resize(cols);
-    for (size_t i = 0; i < cols; ++i) {
-      const float u = self.factor_[i * cols + i];
-      self.error_costs_[self.order_[i]] = 1.0f / (u * u);
-    }
     return self;
   }
   return fail(ErrorCode::numeric,
@@ -210,10 +188,8 @@ Result<GptqFactor> GptqFactor::create(SecondMoments moments, float damp, const s
                           what, 100 * damp));
 }
 
-namespace {
-
-Planes round(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor, const Manner& how,
-             bool symmetric, RoundingLoss& loss) {
+Planes round_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
+                     bool symmetric, RoundingLoss& loss) {
   SLUICE_CHECK(tensor.scheme == storage::Scheme::int4 && factor.cols() == tensor.cols);
   SLUICE_CHECK(weights.size() == uint64_t{tensor.rows} * tensor.cols);
   const uint64_t groups = ceil_div(tensor.cols, tensor.group_elems);
@@ -225,8 +201,7 @@ Planes round(const storage::Tensor& tensor, std::span<const float> weights, cons
                     weights,
                     first,
                     std::min(kRowSlab, tensor.rows - first),
-                    std::ldexp(1.0f, -tensor.scale_exponent),
-                    how};
+                    std::ldexp(1.0f, -tensor.scale_exponent)};
     const std::vector<Int4Grid> grids = find_grids(slab, symmetric);
     loss.merge(round_slab(slab, grids, codes.data() + uint64_t{first} * tensor.cols));
     for (size_t i = 0; i < grids.size(); ++i) {
@@ -247,21 +222,14 @@ Planes round(const storage::Tensor& tensor, std::span<const float> weights, cons
   return lay_out_codes(tensor, {.values = codes, .scales = scales, .bias = {}, .zeros = zeros});
 }
 
-}  // namespace
-
-Planes round_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
-                     const GptqForm& form, RoundingLoss& loss) {
-  if (!form.residual) return round(tensor, weights, factor, {.costs = factor.mean_squares()}, form.symmetric, loss);
-  Planes planes =
-      round(tensor, weights, factor, {.costs = factor.error_costs(), .slack = kBaseSlack, .reach = kBaseReach},
-            form.symmetric, loss);
+void add_residual_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
+                          Planes& planes) {
   std::vector<float> left = dequantize(tensor, planes.values, planes.scales, planes.zeros, planes.bias);
   std::transform(weights.begin(), weights.end(), left.begin(), left.begin(), std::minus<>());
-  RoundingLoss of_both;
-  Planes second = round(tensor, left, factor, {.costs = factor.error_costs()}, true, of_both);
+  RoundingLoss loss;
+  Planes second = round_by_gptq(tensor, left, factor, true, loss);
   planes.residual = std::move(second.values);
   planes.residual_scales = std::move(second.scales);
-  return planes;
 }
 
 }  // namespace sluice::quant

@@ -54,35 +54,29 @@ class GptqFactor {
   ~GptqFactor();
 
   uint32_t cols() const { return static_cast<uint32_t>(order_.size()); }
-  float damp() const { return damp_; }                                   // that it took
-  std::span<const float> mean_squares() const { return mean_squares_; }  // of each column's input, in the model's order
-  // What a squared error of a column costs when the columns behind it make up for what they can: 1 / U_ii^2, in the
-  // model's order. The mean square is what it costs when nothing does.
-  std::span<const float> error_costs() const { return error_costs_; }
-  std::span<const uint32_t> order() const { return order_; }  // columns by falling mean square
+  float damp() const { return damp_; }                             // that it took
+  std::span<const float> importance() const { return diagonal_; }  // mean x^2 of each column, in the model's order
+  std::span<const uint32_t> order() const { return order_; }       // columns by falling importance
   // Row i of the upper triangular factor U with U^T U = inverse, in the order above: valid from element i on.
   const float* row(uint32_t i) const { return factor_.data() + size_t{i} * order_.size(); }
 
  private:
   GptqFactor() = default;
   std::vector<uint32_t> order_;
-  std::vector<float> mean_squares_, error_costs_;
+  std::vector<float> diagonal_;
   std::vector<float> factor_;
   float damp_ = 0;
 };
 
-struct GptqForm {
-  bool symmetric = true;  // else with zero points
-  bool residual = false;  // with a second nibble that has scales of its own
-};
-
 // Rounds rows of `tensor` (int4; its scale_exponent, group_elems and cols count) whose values are `weights`, row-major
-// [tensor.rows][cols], finite. Rows do not depend on each other. `loss` is that of the base.
-//
-// The residual is what the base leaves of the weights, rounded by the same method: GPTQ moves weights far from their
-// nearest values where their inputs allow it, so rounding the rest to nearest would lose again what was gained. A base
-// with a residual is not the one it would be alone: it keeps weights in the residual's reach.
+// [tensor.rows][cols], finite. The planes have zeros where `symmetric` is false. Rows do not depend on each other.
 Planes round_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
-                     const GptqForm& form, RoundingLoss& loss);
+                     bool symmetric, RoundingLoss& loss);
+
+// Rounds what int4 `planes` leave of `weights` to a second nibble with scales of its own, spreading its errors as
+// above, and adds the residual planes. GPTQ moves weights far from their nearest values where their inputs allow it, so
+// rounding that residual to nearest would lose again what was gained.
+void add_residual_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
+                          Planes& planes);
 
 }  // namespace sluice::quant

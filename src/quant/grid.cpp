@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quant/grid.hpp"
 
-#include <array>
 #include <cmath>
 #include <limits>
 
@@ -12,32 +11,23 @@ namespace {
 constexpr float kClipStep = 0.03f;
 constexpr int kClipSteps = 17;
 
-struct GridError {
-  float weighted = 0;  // sum of importance * error^2
-  float largest = 0;   // magnitude
-};
-
 // Eight partial sums in a fixed order: the compiler turns them into vectors, and every machine gets the same bits.
-GridError error_of(std::span<const float> weights, std::span<const float> importance, float scale, float lowest,
-                   float highest) {
+float weighted_error(std::span<const float> weights, std::span<const float> importance, float scale, float lowest,
+                     float highest) {
   const float inverse = 1.0f / scale;
-  float partial[8] = {}, largest[8] = {};
+  float partial[8] = {};
   const auto one = [&](size_t i, size_t lane) {
     const float steps = std::min(highest, std::max(lowest, weights[i] * inverse));
     const float error = weights[i] - ((steps + 12582912.0f) - 12582912.0f) * scale;
     partial[lane] += importance[i] * error * error;
-    largest[lane] = std::max(largest[lane], std::fabs(error));
   };
   size_t i = 0;
   for (; i + 8 <= weights.size(); i += 8) {
     for (size_t lane = 0; lane < 8; ++lane) one(i + lane, lane);
   }
   for (; i < weights.size(); ++i) one(i, i % 8);
-  GridError sum;
-  for (size_t lane = 0; lane < 8; ++lane) {
-    sum.weighted += partial[lane];
-    sum.largest = std::max(sum.largest, largest[lane]);
-  }
+  float sum = 0;
+  for (const float part : partial) sum += part;
   return sum;
 }
 
@@ -49,38 +39,24 @@ class Search {
   void consider(float wanted_scale, int32_t zero) {
     const float scale = float_from_half(half_from_float(wanted_scale));
     if (scale == 0 || !std::isfinite(scale)) return;
-    tried_[count_++] = {
-        {scale, zero},
-        error_of(weights_, importance_, scale, static_cast<float>(-zero), static_cast<float>(15 - zero))};
+    const float error =
+        weighted_error(weights_, importance_, scale, static_cast<float>(-zero), static_cast<float>(15 - zero));
+    if (error < least_) {
+      least_ = error;
+      best = {scale, zero};
+    }
   }
 
-  // Of the grids whose weighted error is within `slack` of the least, the one with the smallest largest error.
-  Int4Grid best(float slack) const {
-    float least = std::numeric_limits<float>::infinity();
-    for (size_t i = 0; i < count_; ++i) least = std::min(least, tried_[i].error.weighted);
-    const Tried* chosen = nullptr;
-    for (size_t i = 0; i < count_; ++i) {
-      const Tried& one = tried_[i];
-      if (one.error.weighted > least * (1 + slack)) continue;
-      if (chosen == nullptr || one.error.largest < chosen->error.largest) chosen = &one;
-    }
-    return chosen == nullptr ? Int4Grid() : chosen->grid;
-  }
+  Int4Grid best;
 
  private:
-  struct Tried {
-    Int4Grid grid;
-    GridError error;
-  };
   std::span<const float> weights_, importance_;
-  std::array<Tried, 2 * kClipSteps> tried_;
-  size_t count_ = 0;
+  float least_ = std::numeric_limits<float>::infinity();
 };
 
 }  // namespace
 
-Int4Grid find_int4_grid(std::span<const float> weights, std::span<const float> importance, bool symmetric,
-                        float slack) {
+Int4Grid find_int4_grid(std::span<const float> weights, std::span<const float> importance, bool symmetric) {
   float lowest = 0, highest = 0;
   for (const float weight : weights) {
     lowest = std::min(lowest, weight);
@@ -100,7 +76,7 @@ Int4Grid find_int4_grid(std::span<const float> weights, std::span<const float> i
       search.consider(scale, static_cast<int32_t>(std::min(15.0f, std::max(0.0f, zero))));
     }
   }
-  return search.best(slack);
+  return search.best;
 }
 
 }  // namespace sluice::quant

@@ -113,10 +113,7 @@ TEST_CASE("the factor of the second moments is that of their inverse, columns by
     const GptqFactor factor = factor_of(rows, cols);
     const std::vector<double> h = moments_of(rows, cols, 0.01);
     const std::span<const uint32_t> order = factor.order();
-    for (uint32_t i = 1; i < cols; ++i) CHECK(factor.mean_squares()[order[i - 1]] >= factor.mean_squares()[order[i]]);
-    for (uint32_t i = 0; i < cols; ++i) {
-      CHECK(factor.error_costs()[order[i]] == 1.0f / (factor.row(i)[i] * factor.row(i)[i]));
-    }
+    for (uint32_t i = 1; i < cols; ++i) CHECK(factor.importance()[order[i - 1]] >= factor.importance()[order[i]]);
     // U H U^T = 1: with condition numbers up to a thousand or two, FP32 leaves a relative error of 1e-3 at most.
     double worst = 0;
     for (uint32_t i = 0; i < cols; ++i) {
@@ -148,7 +145,7 @@ TEST_CASE("GPTQ's own estimate is the error of the outputs, and far below that o
       const GptqFactor factor = factor_of(x, kCols);
       Tensor tensor = int4_tensor(kRows, kCols, group);
       RoundingLoss loss;
-      const Planes planes = round_by_gptq(tensor, w, factor, {.symmetric = symmetric}, loss);
+      const Planes planes = round_by_gptq(tensor, w, factor, symmetric, loss);
       CHECK(planes.zeros.empty() == symmetric);
       const std::vector<float> q = values_of(tensor, planes);
       const double measured = output_error(w, q, h, kCols);
@@ -180,11 +177,11 @@ TEST_CASE("rows are rounded alike in every company, and moments do not depend on
   for (uint32_t i = 0; i < kCols; ++i) REQUIRE(std::equal(one.row(i) + i, one.row(i) + kCols, three.row(i) + i));
   RoundingLoss loss;
   const std::vector<float> whole =
-      values_of(int4_tensor(192, kCols, 64), round_by_gptq(int4_tensor(192, kCols, 64), w, one, {}, loss));
+      values_of(int4_tensor(192, kCols, 64), round_by_gptq(int4_tensor(192, kCols, 64), w, one, true, loss));
   for (uint32_t first = 0; first < 192; first += 64) {
     const Tensor part = int4_tensor(64, kCols, 64);
     const auto rows = std::span(w).subspan(size_t{first} * kCols, size_t{64} * kCols);
-    const std::vector<float> alone = values_of(part, round_by_gptq(part, rows, one, {}, loss));
+    const std::vector<float> alone = values_of(part, round_by_gptq(part, rows, one, true, loss));
     CHECK(std::equal(alone.begin(), alone.end(), whole.begin() + size_t{first} * kCols));
   }
 }
@@ -196,7 +193,7 @@ TEST_CASE("inputs that never come are rounded to nearest, and inputs that are no
   const GptqFactor silent = factor_of(std::vector<float>(kCols, 0.0f), kCols);
   RoundingLoss loss;
   const Tensor tensor = int4_tensor(16, kCols, 64);
-  const std::vector<float> q = values_of(tensor, round_by_gptq(tensor, w, silent, {}, loss));
+  const std::vector<float> q = values_of(tensor, round_by_gptq(tensor, w, silent, true, loss));
   for (size_t i = 0; i < w.size(); ++i) {
     const float step = *std::max_element(w.begin(), w.end());
     CHECK(std::fabs(w[i] - q[i]) < step);
