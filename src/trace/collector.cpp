@@ -29,6 +29,7 @@ Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const st
   SLUICE_TRY_ASSIGN(file, TraceFileWriter::create(path, read_clocks(), note_json));
   std::unique_ptr<Collector> self(new Collector(recorder, std::move(file)));
   for (Track* track : recorder.tracks()) {
+    track->populate();
     self->sources_.push_back({.track = track, .next = track->written()});
     SLUICE_TRY(self->file_.add_track(track->number(), track->name()));
   }

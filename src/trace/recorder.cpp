@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "trace/recorder.hpp"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <array>
+#include <new>
 #include <utility>
 
 #include "base/check.hpp"
@@ -64,8 +69,19 @@ TickScale::TickScale(const ClockPair& first, const ClockPair& later)
 // ---------------------------------------------------------------------------------------------------------- tracks
 
 Track::Track(uint16_t number, std::string name, uint32_t capacity)
-    : number_(number), name_(std::move(name)), mask_(capacity - 1), cells_(std::make_unique<Cell[]>(capacity)) {
+    : number_(number), name_(std::move(name)), mask_(capacity - 1),
+      cells_(static_cast<uint64_t*>(std::calloc(capacity, kWords * sizeof(uint64_t)))) {
   SLUICE_CHECK(capacity > 1 && (capacity & (capacity - 1)) == 0);
+  if (!cells_) throw std::bad_alloc();
+}
+
+void Track::populate() const {
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(cells_.get());
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t last = (begin + capacity() * kWords * sizeof(uint64_t)) / page * page;
+  // A hint: a kernel before 5.14 refuses it, and the pages come one by one.
+  if (last > first) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
 }
 
 uint64_t Track::read(uint64_t from, std::vector<Record>& out, uint64_t& dropped) const {
@@ -74,12 +90,12 @@ uint64_t Track::read(uint64_t from, std::vector<Record>& out, uint64_t& dropped)
   uint64_t first = std::max(from, head > capacity ? head - capacity : 0);
   const size_t kept = out.size();
   for (uint64_t at = first; at < head; ++at) {
-    const Cell& cell = cells_[at & mask_];
+    uint64_t* const cell = cell_of(at);
     Record record;
-    record.begin = cell[0].load(std::memory_order_relaxed);
-    record.end = cell[1].load(std::memory_order_relaxed);
-    record.value = cell[2].load(std::memory_order_relaxed);
-    const uint64_t rest = cell[3].load(std::memory_order_relaxed);
+    record.begin = load(cell[0]);
+    record.end = load(cell[1]);
+    record.value = load(cell[2]);
+    const uint64_t rest = load(cell[3]);
     record.bytes = static_cast<uint32_t>(rest);
     record.layer = static_cast<uint16_t>(rest >> 32);
     record.kind = static_cast<Kind>(rest >> 48);

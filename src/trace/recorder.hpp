@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The recorder: tracks of 32-byte records, always on.
 //
-//   writer --record()--> ring of a track --collector, 50 times a second--> file (while a trace is being written)
+//   writer --record()--> ring of a track --collector, 10 to 200 times a second--> file (while a trace is being written)
 //
 // A track has one writer at a time, so writing is four stores and a publishing one: no lock, no system call, no
 // allocation, and no look at who reads. The ring overwrites its oldest records; a collector that comes too late finds
 // out which ones it missed and counts them. Without a collector the ring simply holds the last moments.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -30,15 +30,14 @@ class Track {
   void record(Kind kind, uint64_t begin, uint64_t end, uint16_t layer = Record::kNoLayer, uint32_t bytes = 0,
               uint64_t value = 0) {
     const uint64_t at = head_.load(std::memory_order_relaxed);
-    Cell& cell = cells_[at & mask_];
+    uint64_t* const cell = cell_of(at);
     // A reader that meets a cell while it is rewritten finds out: read() looks at the head again afterwards. The fence
     // keeps these stores behind the head's last one; on x86 it is no instruction.
     std::atomic_thread_fence(std::memory_order_release);
-    cell[0].store(begin, std::memory_order_relaxed);
-    cell[1].store(end, std::memory_order_relaxed);
-    cell[2].store(value, std::memory_order_relaxed);
-    cell[3].store(uint64_t{bytes} | uint64_t{layer} << 32 | uint64_t{static_cast<uint16_t>(kind)} << 48,
-                  std::memory_order_relaxed);
+    store(cell[0], begin);
+    store(cell[1], end);
+    store(cell[2], value);
+    store(cell[3], uint64_t{bytes} | uint64_t{layer} << 32 | uint64_t{static_cast<uint16_t>(kind)} << 48);
     head_.store(at + 1, std::memory_order_release);
   }
   void count(Counter counter, uint64_t at_ticks, uint64_t value) {
@@ -54,13 +53,25 @@ class Track {
   // overwritten before it could be read is added to `dropped`.
   uint64_t read(uint64_t from, std::vector<Record>& out, uint64_t& dropped) const;
 
+  // Asks for the ring's memory now, where it would come page by page while the ring is first filled. Any thread.
+  void populate() const;
+
  private:
-  using Cell = std::array<std::atomic<uint64_t>, 4>;
+  struct Free {
+    void operator()(uint64_t* cells) const { std::free(cells); }
+  };
+  static constexpr uint64_t kWords = 4;   // of a record
+
+  uint64_t* cell_of(uint64_t record) const { return cells_.get() + (record & mask_) * kWords; }
+  static void store(uint64_t& word, uint64_t value) {
+    std::atomic_ref(word).store(value, std::memory_order_relaxed);
+  }
+  static uint64_t load(uint64_t& word) { return std::atomic_ref(word).load(std::memory_order_relaxed); }
 
   const uint16_t number_;
   const std::string name_;
   const uint64_t mask_;
-  std::unique_ptr<Cell[]> cells_;
+  std::unique_ptr<uint64_t[], Free> cells_;   // zeroed by the kernel as it is touched
   alignas(64) std::atomic<uint64_t> head_{0};   // records written so far
 };
 
@@ -74,8 +85,11 @@ class Recorder {
   Recorder(const Recorder&) = delete;
   Recorder& operator=(const Recorder&) = delete;
 
-  // Records that a track holds: with 300 a token, those of the last fifty.
+  // Records that a track holds unless told otherwise.
   static constexpr uint32_t kCapacity = 1u << 14;
+  // ... the one of the thread that computes. The smallest of models write 600,000 records a second there: the ring lasts
+  // a fifth of a second, twice as long as a collector sleeps at most.
+  static constexpr uint32_t kEngineCapacity = 1u << 17;
 
   // A new track. Any thread; allocates.
   Track& add_track(std::string name, uint32_t capacity = kCapacity);
