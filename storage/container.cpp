@@ -175,15 +175,9 @@ Status Container::set_precision(Precision precision) {
                   fmt::format("{}: tensor '{}': a residual must be its last two planes, and not of a matrix in act-order; "
                               "quantize the model again", path_, base.name));
     }
-    Tensor residual = base;
+    Tensor residual = base.residual();
     base.planes.resize(first);
-    if (precision == Precision::int4) continue;
-    residual.name += " (residual)";
-    residual.is_residual = true;
-    residual.planes.erase(residual.planes.begin(), residual.planes.begin() + static_cast<ptrdiff_t>(first));
-    residual.planes[0].kind = PlaneKind::values;
-    residual.planes[1].kind = PlaneKind::scales;
-    tensors.push_back(std::move(residual));
+    if (precision == Precision::fine) tensors.push_back(std::move(residual));
   }
   manifest_.tensors = std::move(tensors);
   return {};

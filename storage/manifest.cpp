@@ -10,15 +10,30 @@ const Plane* Tensor::plane(PlaneKind kind) const {
   return nullptr;
 }
 
+Tensor Tensor::residual() const {
+  Tensor of = *this;
+  of.name += " (residual)";
+  of.is_residual = true;
+  of.group_elems = residual_group();
+  of.residual_group_elems = 0;
+  std::erase_if(of.planes, [](const Plane& plane) {
+    return plane.kind != PlaneKind::residual && plane.kind != PlaneKind::residual_scales;
+  });
+  for (Plane& plane : of.planes) {
+    plane.kind = plane.kind == PlaneKind::residual ? PlaneKind::values : PlaneKind::scales;
+  }
+  return of;
+}
+
 namespace {
 
 constexpr uint64_t kHalfBytes = 2;
 
 // One entry per row and group; tiled layouts round the rows up to whole tiles.
-uint64_t group_entries(const Tensor& tensor) {
-  if (tensor.group_elems == 0) return 0;
+uint64_t group_entries(const Tensor& tensor, uint32_t group_elems) {
+  if (group_elems == 0) return 0;
   const uint64_t rows = tensor.layout == Layout::rows ? tensor.rows : align_up(tensor.rows, kTileRows);
-  return rows * ceil_div(tensor.cols, tensor.group_elems);
+  return rows * ceil_div(tensor.cols, group_elems);
 }
 
 uint64_t values_bytes(const Tensor& tensor) {
@@ -53,11 +68,11 @@ uint64_t expected_plane_bytes(const Tensor& tensor, PlaneKind kind) {
   const bool quantized = int4 || tensor.scheme == Scheme::int8;
   switch (kind) {
     case PlaneKind::values: return values_bytes(tensor);
-    case PlaneKind::scales: return quantized ? group_entries(tensor) * kHalfBytes : 0;
-    case PlaneKind::zeros: return int4 ? group_entries(tensor) : 0;
-    case PlaneKind::bias: return int4 ? group_entries(tensor) * kHalfBytes : 0;
+    case PlaneKind::scales: return quantized ? group_entries(tensor, tensor.group_elems) * kHalfBytes : 0;
+    case PlaneKind::zeros: return int4 ? group_entries(tensor, tensor.group_elems) : 0;
+    case PlaneKind::bias: return int4 ? group_entries(tensor, tensor.group_elems) * kHalfBytes : 0;
     case PlaneKind::residual: return int4 ? values_bytes(tensor) : 0;
-    case PlaneKind::residual_scales: return int4 ? group_entries(tensor) * kHalfBytes : 0;
+    case PlaneKind::residual_scales: return int4 ? group_entries(tensor, tensor.residual_group()) * kHalfBytes : 0;
     case PlaneKind::perm: return int4 ? uint64_t{tensor.cols} * 4 : 0;
     case PlaneKind::row_sums: return tensor.role == Role::token_embedding ? uint64_t{tensor.rows} * 8 : 0;
   }

@@ -68,11 +68,15 @@ struct Tensor {
   Scheme scheme = Scheme::f32;
   Layout layout = Layout::rows;
   uint32_t group_elems = 0;           // 32, 64 or 128 for int4 and int8, else 0
+  uint32_t residual_group_elems = 0;  // of residual_scales; 0: group_elems
   int32_t scale_exponent = 0;         // every value is multiplied by 2^this
   std::vector<Plane> planes;          // contiguous in the file, in this order, values first
   bool is_residual = false;           // in memory only: the residual of the tensor before it (Container::set_precision)
 
   const Plane* plane(PlaneKind kind) const;
+  // The residual planes as a matrix of their own: int4 with values and scales. Without planes where this has no residual.
+  Tensor residual() const;
+  uint32_t residual_group() const { return residual_group_elems != 0 ? residual_group_elems : group_elems; }
   bool is_vector() const { return rows == 1 && layout == Layout::rows && scheme == Scheme::f32; }
   // First byte and padded size of the run that holds all planes.
   uint64_t offset() const { return planes.front().offset; }

@@ -222,6 +222,10 @@ class Checker {
     if (!quantized && tensor.group_elems != 0) {
       return bad("{}: {} with a group of {}", what, name_of(tensor.scheme), tensor.group_elems);
     }
+    const uint32_t second = tensor.residual_group_elems;
+    if (second != 0 && (tensor.scheme != Scheme::int4 || (second != 32 && second != 64 && second != 128))) {
+      return bad("{}: {} with a residual's group of {}", what, name_of(tensor.scheme), second);
+    }
     if (tensor.scale_exponent < -kMaxScaleExponent || tensor.scale_exponent > kMaxScaleExponent) {
       return bad("{}: scale exponent {} is beyond +-{}", what, tensor.scale_exponent, kMaxScaleExponent);
     }

@@ -49,7 +49,7 @@ flatbuffers::Offset<fb::Tensor> encode(flatbuffers::FlatBufferBuilder& builder, 
   const auto plane_vector = builder.CreateVector(planes);
   return fb::CreateTensor(builder, name, as<fb::Role>(tensor.role), tensor.layer, tensor.rows, tensor.cols,
                           as<fb::Scheme>(tensor.scheme), as<fb::Layout>(tensor.layout), tensor.group_elems,
-                          tensor.scale_exponent, plane_vector);
+                          tensor.scale_exponent, plane_vector, tensor.residual_group_elems);
 }
 
 flatbuffers::Offset<fb::Tokenizer> encode(flatbuffers::FlatBufferBuilder& builder, const TokenizerSpec& tokenizer) {
@@ -209,6 +209,7 @@ Status decode(Decoder& decoder, Tensor& out, const fb::Tensor& in, uint32_t inde
   out.rows = in.rows();
   out.cols = in.cols();
   out.group_elems = in.group_elems();
+  out.residual_group_elems = in.residual_group_elems();
   out.scale_exponent = in.scale_exponent();
   if (in.planes() == nullptr) return decoder.missing(field + ": planes");
   SLUICE_TRY(decoder.pay(in.planes()->size(), sizeof(flatbuffers::uoffset_t), kMaxPlanes, field + ": planes"));

@@ -92,9 +92,9 @@ std::vector<Tensor> tensors_of(const Outline& outline, const std::vector<std::op
     const Tensor tensor = import::tensor_of(source, scheme, groups ? choices[i]->group_elems : 0);
     tensors.push_back(with_planes(tensor, !choices[i]->symmetric));
     if (!residuals || scheme != Scheme::int4) continue;
-    Tensor residual = with_planes(tensor, false);
-    residual.is_residual = true;
-    tensors.push_back(std::move(residual));
+    Tensor second = tensor;
+    second.residual_group_elems = quant::kResidualGroup;
+    tensors.push_back(with_planes(second.residual(), false));
   }
   return tensors;
 }

@@ -35,21 +35,21 @@ constexpr uint64_t kMaxRecipeBytes = 1 * kMiB;
 uint64_t checksum_of_text(std::string_view text) { return storage::checksum(std::as_bytes(std::span(text))); }
 
 // How a matrix that needs no calibration gets into the container.
-import::Target target_of(const SourceTensor& source, const Choice& choice, bool tied,
-                         bool residual){using import::Conversion;
-if (choice.scheme == Scheme::int4) {
-  return {Scheme::int4, choice.group_elems, Conversion::round, !import::is_plain(source.type), residual};
+import::Target target_of(const SourceTensor& source, const Choice& choice, bool tied, bool residual) {
+  using import::Conversion;
+  if (choice.scheme == Scheme::int4) {
+    return {Scheme::int4, choice.group_elems, Conversion::round, !import::is_plain(source.type), residual};
+  }
+  if (choice.scheme == Scheme::bf16) {
+    return {Scheme::bf16, 0, source.type == import::SourceType::bf16 ? Conversion::copy : Conversion::round, false};
+  }
+  import::Options options;
+  options.group_elems = choice.group_elems;
+  options.weights = !choice.scheme                   ? import::Weights::keep
+                    : *choice.scheme == Scheme::int8 ? import::Weights::int8
+                                                     : import::Weights::f16;
+  return import::choose_target(source, options, tied);
 }
-if (choice.scheme == Scheme::bf16) {
-  return {Scheme::bf16, 0, source.type == import::SourceType::bf16 ? Conversion::copy : Conversion::round, false};
-}
-import::Options options;
-options.group_elems = choice.group_elems;
-options.weights = !choice.scheme                   ? import::Weights::keep
-                  : *choice.scheme == Scheme::int8 ? import::Weights::int8
-                                                   : import::Weights::f16;
-return import::choose_target(source, options, tied);
-}  // namespace
 
 class Quantizer {
  public:
@@ -284,7 +284,7 @@ class Quantizer {
   uint64_t done_ = 0, total_ = 0;  // steps
 };
 
-}  // namespace sluice::calibrate
+}  // namespace
 
 Result<Report> quantize_model(const Options& options) {
   // The standard library reports exhaustion by throwing; this is where that ends.

@@ -206,6 +206,7 @@ class LayerWork {
     EncodedTensor encoded;
     Tensor& tensor = encoded.tensor;
     tensor = import::tensor_of(source(member), *choice.scheme, quantized ? choice.group_elems : 0);
+    if (context_.options.residual && tensor.scheme == Scheme::int4) tensor.residual_group_elems = quant::kResidualGroup;
     SLUICE_TRY_ASSIGN(extent, import::measure_matrix(file(member), source(member), tensor, threads()));
     tensor.scale_exponent = quant::choose_scale_exponent(tensor, extent);
     std::vector<quant::RoundingLoss> losses(source(member).rows);  // more than slabs

@@ -80,6 +80,7 @@ Json describe(const EncodedTensor& encoded) {
           {"scheme", static_cast<int>(t.scheme)},
           {"layout", static_cast<int>(t.layout)},
           {"group", t.group_elems},
+          {"residual_group", t.residual_group_elems},
           {"scale_exponent", t.scale_exponent},
           {"planes", std::move(planes)}};
 }
@@ -114,6 +115,7 @@ EncodedTensor tensor_from(const Json& json) {
   t.scheme = static_cast<storage::Scheme>(json["scheme"].get<int>());
   t.layout = static_cast<storage::Layout>(json["layout"].get<int>());
   t.group_elems = json["group"];
+  t.residual_group_elems = json["residual_group"];
   t.scale_exponent = json["scale_exponent"];
   for (const Json& plane : json["planes"]) {
     if (auto* bytes = plane_of(encoded.planes, static_cast<PlaneKind>(plane[0].get<int>()))) bytes->resize(plane[1]);

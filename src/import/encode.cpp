@@ -285,6 +285,7 @@ Status write_tensor(const SourceFile& file, const SourceTensor& source, const Ta
   if (source.vector) return write_vector(file, source, writer);
   Job job{file, source, target.conversion, tensor_of(source, target.scheme, target.group_elems), slab_rows(source),
           target.residual};
+  if (job.residual) job.tensor.residual_group_elems = quant::kResidualGroup;
   if (job.conversion == Conversion::narrowest) {
     SLUICE_TRY_ASSIGN(extent, measure_matrix(file, source, tensor_of(source, Scheme::f16, 0), threads));
     job.tensor = narrowest_tensor(source, extent);

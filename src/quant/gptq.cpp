@@ -43,6 +43,7 @@ std::vector<Int4Grid> find_grids(const Slab& slab, bool symmetric) {
   const uint32_t cols = slab.tensor.cols, group = slab.tensor.group_elems;
   const uint64_t groups = ceil_div(cols, group);
   std::vector<Int4Grid> grids(slab.rows * groups);
+  const int clip_steps = slab.tensor.is_residual ? kResidualClipSteps : kClipSteps;
   std::vector<float> shifted(group);
   for (uint64_t row = 0; row < slab.rows; ++row) {
     for (uint64_t g = 0; g < groups; ++g) {
@@ -50,7 +51,8 @@ std::vector<Int4Grid> find_grids(const Slab& slab, bool symmetric) {
       const float* from = slab.weights.data() + (slab.first + row) * cols + begin;
       for (uint64_t k = 0; k < count; ++k) shifted[k] = from[k] * slab.unscale;
       grids[row * groups + g] =
-          find_int4_grid(std::span(shifted).first(count), slab.factor.importance().subspan(begin, count), symmetric);
+          find_int4_grid(std::span(shifted).first(count), slab.factor.importance().subspan(begin, count), symmetric,
+                         clip_steps);
     }
   }
   return grids;
@@ -227,7 +229,7 @@ void add_residual_by_gptq(const storage::Tensor& tensor, std::span<const float> 
   std::vector<float> left = dequantize(tensor, planes.values, planes.scales, planes.zeros, planes.bias);
   std::transform(weights.begin(), weights.end(), left.begin(), left.begin(), std::minus<>());
   RoundingLoss loss;
-  Planes second = round_by_gptq(tensor, left, factor, true, loss);
+  Planes second = round_by_gptq(tensor.residual(), left, factor, true, loss);
   planes.residual = std::move(second.values);
   planes.residual_scales = std::move(second.scales);
 }

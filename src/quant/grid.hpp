@@ -25,10 +25,14 @@ struct Int4Grid {
   float value(uint8_t code) const { return static_cast<float>(static_cast<int32_t>(code) - zero) * scale; }
 };
 
-// The grid that minimizes sum importance[k] * (weight[k] - nearest value)^2 among clipped ranges: 1, 0.95, 0.95^2, ... of the
-// largest magnitude, with the extreme on -8 or on +-7 (symmetric: zero is 8), or of the range from lowest to highest
+// Clipped ranges that are tried. Weights never won by less than half their range; what GPTQ left of them has outliers.
+constexpr int kClipSteps = 17, kResidualClipSteps = 27;
+
+// The grid that minimizes sum importance[k] * (weight[k] - nearest value)^2 among `clip_steps` ranges: 1, 0.97, 0.94... of
+// the largest magnitude, with the extreme on -8 or on +-7 (symmetric: zero is 8), or of the range from lowest to highest
 // weight, 0 included (asymmetric: zero in 0..15). A group of zeros has scale 0 (symmetric) or a grid that holds 0.
 // `importance`: one per weight, >= 0; the diagonal of the inputs' second moments.
-Int4Grid find_int4_grid(std::span<const float> weights, std::span<const float> importance, bool symmetric);
+Int4Grid find_int4_grid(std::span<const float> weights, std::span<const float> importance, bool symmetric,
+                       int clip_steps = kClipSteps);
 
 }  // namespace sluice::quant

@@ -268,15 +268,16 @@ RoundingLoss add_residual(const Tensor& tensor, std::span<const float> weights, 
   const float unscale = std::ldexp(1.0f, -tensor.scale_exponent);
   std::vector<float> left = dequantize(tensor, planes.values, planes.scales, planes.zeros, planes.bias);
   for (size_t i = 0; i < left.size(); ++i) left[i] = (weights[i] - left[i]) * unscale;
-  const uint64_t groups = ceil_div(tensor.cols, tensor.group_elems);
-  const std::vector<float> alike(tensor.group_elems, 1.0f);
+  const uint32_t group_elems = tensor.residual_group();
+  const uint64_t groups = ceil_div(tensor.cols, group_elems);
+  const std::vector<float> alike(group_elems, 1.0f);
   std::vector<uint8_t> codes(left.size());
   std::vector<uint16_t> scales(tensor.rows * groups);
   RoundingLoss loss;
   for (uint64_t row = 0; row < tensor.rows; ++row) {
     for (uint64_t group = 0; group < groups; ++group) {
-      const uint64_t at = row * tensor.cols + group * tensor.group_elems;
-      const uint64_t count = std::min<uint64_t>(tensor.group_elems, tensor.cols - group * tensor.group_elems);
+      const uint64_t at = row * tensor.cols + group * group_elems;
+      const uint64_t count = std::min<uint64_t>(group_elems, tensor.cols - group * group_elems);
       const auto run = std::span(left).subspan(at, count);
       const Int4Grid grid = find_int4_grid(run, std::span(alike).first(count), true);
       scales[row * groups + group] = half_from_float(grid.scale);
@@ -289,7 +290,7 @@ RoundingLoss add_residual(const Tensor& tensor, std::span<const float> weights, 
       }
     }
   }
-  Planes second = lay_out_codes(tensor, {.values = codes, .scales = scales, .bias = {}});
+  Planes second = lay_out_codes(tensor.residual(), {.values = codes, .scales = scales, .bias = {}});
   planes.residual = std::move(second.values);
   planes.residual_scales = std::move(second.scales);
   return loss;

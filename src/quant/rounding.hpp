@@ -60,6 +60,10 @@ struct RoundingLoss {
   void merge(const RoundingLoss& other);
 };
 
+// Weights that share a scale in a residual, whatever the base's groups. GPTQ leaves one weight in thirty more than a step
+// away, and each of them spoils the steps of its group: groups of 128 leave twice the divergence for 9% fewer bytes.
+constexpr uint32_t kResidualGroup = 32;
+
 // Rounds what int4 `planes` leave of `weights` to a second nibble with scales of its own, and adds the residual planes: r
 // lies where q does in `values`, as r + 8. Returns the loss that remains.
 RoundingLoss add_residual(const storage::Tensor& tensor, std::span<const float> weights, Planes& planes);

@@ -231,9 +231,9 @@ TEST_CASE("a residual brings divergence below a fiftieth of rounded INT4's, and 
     std::printf("KL %.3e with INT4, %.3e with the residual (1/%.0f)\n", base, finer, base / finer);
     if (method == QuantizeMethod::rtn) of_rounding = base;
     // GPTQ's base is three times better and leaves more to the second nibble: on these shapes, whose inputs are all
-    // about as important, 1/29 to 1/32 of its own base was seen.
+    // about as important, 1/43 to 1/45 of its own base was seen (SmolLM2: 1/56).
     CHECK(finer <= of_rounding / 50);
-    CHECK(finer <= base / 15);
+    CHECK(finer <= base / (method == QuantizeMethod::rtn ? 50 : 30));
 
     // What a pass reads and keeps: the same as of the file without residuals.
     for (const uint64_t budget : {uint64_t{1} << 30, smallest_budget(plain)}) {
@@ -263,7 +263,7 @@ TEST_CASE("INT4 with its residual computes the sum of both, with the same bits i
     std::vector<float> values = stored_weights(*container, tensor.role, tensor.layer);
     if (tensor.plane(storage::PlaneKind::residual) != nullptr) {
       const std::vector<float> second =
-          quant::dequantize(tensor, read_plane(*container, tensor, storage::PlaneKind::residual),
+          quant::dequantize(tensor.residual(), read_plane(*container, tensor, storage::PlaneKind::residual),
                             read_plane(*container, tensor, storage::PlaneKind::residual_scales), {}, {});
       for (size_t i = 0; i < values.size(); ++i) {
         values[i] = static_cast<float>(static_cast<double>(values[i]) + static_cast<double>(second[i]));

@@ -304,6 +304,7 @@ TEST_CASE("a manifest that lies with valid checksums is refused by name") {
       add_plane(q(m), PlaneKind::zeros);
       add_plane(q(m), PlaneKind::bias);
     });
+    packed_lie("int4 with a residual's group of 48", [&](Manifest& m) { q(m).residual_group_elems = 48; });
     packed_lie("residual and residual_scales come together", [&](Manifest& m) { add_plane(q(m), PlaneKind::residual); });
     lie("cannot have a plane of perm", [](Manifest& m) { m.tensors.front().planes.back().kind = PlaneKind::perm; });
     lie("bytes, its shape needs", [&](Manifest& m) { q(m).planes[0].bytes -= 1; });
