@@ -11,6 +11,7 @@
 #include "model/sampler.hpp"
 #include "model/text_stream.hpp"
 #include "trace/injection.hpp"
+#include "trace/nvtx.hpp"
 
 namespace sluice {
 namespace {
@@ -225,6 +226,7 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
     int32_t id = 0;
     {
       const Span sampling(times.sampling);
+      const trace::NvtxRange range(trace::Kind::sampling);
       if (injector != nullptr) injector->take(trace::Fault::sampling);
       id = sampler.sample(state.logits, state.tokens);
     }
@@ -240,13 +242,19 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
       break;
     }
     const bool last = generated == options.max_tokens || state.tokens.size() == state.model.info.context;
-    if (text.push(id, last)) reason = StopReason::stop_text;
+    {
+      const trace::NvtxRange range(trace::Kind::detokenize);
+      if (text.push(id, last)) reason = StopReason::stop_text;
+    }
     parts.span(trace::Kind::detokenize);
     if (injector != nullptr) {
       injector->on_token(state.model.engine->weights().bytes_read());
       if (on_token) injector->take(trace::Fault::callback);
     }
-    if (on_token && !on_token({.id = id, .text = text.ready()}) && !reason) reason = StopReason::cancelled;
+    {
+      const trace::NvtxRange range(trace::Kind::callback);
+      if (on_token && !on_token({.id = id, .text = text.ready()}) && !reason) reason = StopReason::cancelled;
+    }
     if (decoding && state.timings.token_latencies.size() < kMostLatencies) {
       state.timings.token_latencies.push_back(total.seconds());
     }

@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <optional>
 #include <utility>
 
 #include "base/check.hpp"
 #include "trace/injection.hpp"
+#include "trace/nvtx.hpp"
 
 namespace sluice::exec {
 
@@ -128,6 +130,7 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
   SLUICE_CHECK(wanted <= shape_.max_logit_rows && logits.size() == wanted * shape_.vocab);
 
   if (dead_) return fail(*dead_);
+  const trace::NvtxRange range(trace::Kind::pass);
   const uint64_t begin = chain.last();
   StageTimes spent;   // in ticks
   const std::span<float> embeddings = std::span(embeddings_).first(rows.size() * shape_.hidden);
@@ -137,17 +140,21 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
 
   uint16_t layer = trace::Record::kNoLayer;
   uint64_t layer_begin = 0;
+  std::optional<trace::NvtxRange> layer_range;
   for (const Step& step : program_) {
     if (layer_of(step) != layer) {
+      layer_range.reset();
       if (layer != trace::Record::kNoLayer) track_.record(trace::Kind::layer, layer_begin, chain.last(), layer);
       layer = layer_of(step);
       layer_begin = chain.last();
+      if (layer != trace::Record::kNoLayer) layer_range.emplace(trace::Kind::layer, layer);
     }
     if (Status status = run_step(step, wanted > 0, chain, spent); !status) {
       dead_ = status.error();  // the stream stands in the middle of a pass
       return status;
     }
   }
+  const trace::NvtxRange finish(trace::Kind::finish);
   SLUICE_TRY(backend_->finish_pass(logits));
   SLUICE_TRY(weights_->check_mapping());
   SLUICE_TRY(check_logits(rows, logits));
@@ -172,6 +179,7 @@ void Engine::add_times(StageTimes spent, bool wants_logits, StageTimes& times) c
 }
 
 Status Engine::run_step(const Step& step, bool wants_logits, trace::Chain& chain, StageTimes& spent) {
+  const trace::NvtxRange range(kind_of(step.stage), layer_of(step));
   const bool runs = wants_logits || !step.for_logits;
   if (step.stream_item >= 0) SLUICE_TRY(acquire(step, chain, spent));
   if (step.stage == Stage::matmul && recorder_.injector() != nullptr) {
@@ -187,6 +195,7 @@ Status Engine::run_step(const Step& step, bool wants_logits, trace::Chain& chain
 // Waits for the step's item. What that takes is a wait only if there was one to be made.
 Status Engine::acquire(const Step& step, trace::Chain& chain, StageTimes& spent) {
   AcquireTimes waits;
+  const trace::NvtxRange range(trace::Kind::disk_wait, layer_of(step));   // or the copy's: that is known afterwards
   SLUICE_TRY(backend_->submit());   // the device works on while the item is waited for
   SLUICE_TRY(weights_->prefetcher()->acquire(static_cast<uint32_t>(step.stream_item), waits));
   if (waits.disk_wait_ns == 0 && waits.copy_wait_ns == 0) return {};

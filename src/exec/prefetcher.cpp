@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "base/check.hpp"
+#include "trace/nvtx.hpp"
 
 namespace sluice::exec {
 
@@ -102,6 +103,7 @@ void Prefetcher::run() {
       return;
     }
     if (!idle) continue;
+    const trace::NvtxRange range(trace::Kind::ring_wait);
     const uint64_t begin = trace::ticks();
     {
       std::unique_lock lock(mutex_);
@@ -120,6 +122,7 @@ Status Prefetcher::step(bool& idle) {
     if (slots_[reads_copied_ % slots_.size()].landed) return copy_landed_read();
   }
   if (queue_ != nullptr && queue_->in_flight() > 0) {
+    const trace::NvtxRange range(trace::Kind::stage_wait);
     const uint64_t begin = trace::ticks();
     SLUICE_TRY_ASSIGN(done, queue_->wait());
     inject(trace::Fault::read);
@@ -172,6 +175,7 @@ Status Prefetcher::copy_host_item() {
     backend_.copy_waits(freed_events_[(items_copied_ - item.distance) % plan_.stream.size()]);
   }
   inject(trace::Fault::copy);
+  const trace::NvtxRange range(trace::Kind::bus_copy);
   const uint64_t begin = trace::ticks();
   SLUICE_TRY(backend_.copy_to_device(options_.ring + item.ring_offset, options_.host_weights[index]));
   record(trace::Kind::bus_copy, begin, static_cast<uint32_t>(options_.host_weights[index].size()), index);
@@ -185,9 +189,12 @@ Status Prefetcher::copy_landed_read() {
   SLUICE_CHECK(next.item == items_copied_ % plan_.stream.size());
   const std::span<std::byte> data = slot_bytes(reads_copied_).first(next.read.bytes);
   uint64_t begin = trace::ticks();
-  SLUICE_TRY(check_read(container_, container_.manifest().tensors[item.tensor], next.read, data));
-
+  {
+    const trace::NvtxRange range(trace::Kind::check);
+    SLUICE_TRY(check_read(container_, container_.manifest().tensors[item.tensor], next.read, data));
+  }
   record(trace::Kind::check, begin, next.read.bytes);
+  const trace::NvtxRange range(trace::Kind::bus_copy);
   begin = trace::ticks();
   if (!ring_waited_ && items_copied_ >= item.distance) {
     backend_.copy_waits(freed_events_[(items_copied_ - item.distance) % plan_.stream.size()]);
