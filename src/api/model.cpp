@@ -23,9 +23,6 @@ constexpr uint64_t kRateSampleBytes = 32ull << 20;
 // Of a pass of a `prefill` fault.
 constexpr uint32_t kRivalRows = 256;
 
-// Of a session's track: with 30 a token, its last 270; of a model of 0.1 ms a token those of 27 ms.
-constexpr uint32_t kSessionRecords = 1u << 13;
-
 storage::IoMode mode_of(Io io) {
   switch (io) {
     case Io::automatic: return storage::IoMode::automatic;
@@ -104,7 +101,9 @@ void Model::State::give_slot(uint32_t slot) {
 trace::Track& Model::State::track_of(uint32_t slot) {
   const std::lock_guard lock(slots_mutex);
   trace::Track*& track = slot_tracks[slot];
-  if (track == nullptr) track = &engine->recorder().add_track(fmt::format("session {}", slot), kSessionRecords);
+  if (track == nullptr) {
+    track = &engine->recorder().add_track(fmt::format("session {}", slot), trace::Recorder::kBusyCapacity);
+  }
   return *track;
 }
 

@@ -84,7 +84,7 @@ backend::Shape Engine::shape_of(const storage::Manifest& manifest) {
 Engine::Engine(storage::Container container, plan::Plan plan, std::unique_ptr<backend::Backend> backend,
                const backend::Shape& shape)
     : container_(std::move(container)), plan_(std::move(plan)), backend_(std::move(backend)), shape_(shape),
-      track_(recorder_.add_track("engine", trace::Recorder::kEngineCapacity)) {
+      track_(recorder_.add_track("engine", trace::Recorder::kBusyCapacity)) {
   shape_.inverse_frequencies = container_.manifest().rope.inverse_frequencies;
   shape_.max_rows = plan_.max_rows;
   shape_.max_logit_rows = std::min(shape_.max_logit_rows, shape_.max_rows);

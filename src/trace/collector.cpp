@@ -90,6 +90,7 @@ Status Collector::collect() {
   const std::vector<Track*> tracks = recorder_.tracks();
   while (sources_.size() < tracks.size()) {   // sessions that began meanwhile
     Track* track = tracks[sources_.size()];
+    track->populate();
     sources_.push_back({.track = track});
     SLUICE_TRY(file_.add_track(track->number(), track->name()));
   }
