@@ -24,7 +24,7 @@ Result<QuantizeReport> quantize_model(const QuantizeOptions& options) {
   inner.make_backend = [&options] {
     // FP32 activations: what a matrix sees must not depend on how a backend rounds them.
     ModelOptions model;
-    // A GPU's activations are not given out yet.
+    // CUDA does not give its activations yet.
     model.backend = options.backend == "auto" ? "cpu" : options.backend;
     model.threads = options.threads;
     model.cpu_activations = Activations::f32;

@@ -246,6 +246,38 @@ TEST_CASE("a residual brings divergence below a fiftieth of rounded INT4's, and 
   }
 }
 
+// Hidden: needs a Vulkan device (suite vulkan).
+TEST_CASE("calibration on Vulkan gives nearly the codes of the CPU's", "[.vulkan]") {
+  for (const std::string& name : {"llama3", "qwen2"}) {
+    const Source source(name);
+    QuantizeOptions options = source.options("int4");
+    options.calibration = {source.text("calibration.txt", 8192, 1)};
+    quantized(options);
+    const std::string on_cpu = options.output;
+    options.output = source.folder.file("vulkan.sluice");
+    options.backend = "vulkan";
+    if (const Result<QuantizeReport> report = quantize_model(options); !report) {
+      REQUIRE(report.error().code == ErrorCode::not_found);
+      std::printf("skipped: %s\n", report.error().message.c_str());
+      return;
+    }
+    auto cpu = storage::Container::open(on_cpu), vulkan = storage::Container::open(options.output);
+    REQUIRE((cpu && vulkan));
+    size_t weights = 0, others = 0;
+    for (const storage::Tensor& tensor : cpu->manifest().tensors) {
+      if (tensor.scheme != storage::Scheme::int4) continue;
+      const std::vector<float> a = stored_weights(*cpu, tensor.role, tensor.layer);
+      const std::vector<float> b = stored_weights(*vulkan, tensor.role, tensor.layer);
+      for (size_t i = 0; i < a.size(); ++i) others += a[i] != b[i];
+      weights += a.size();
+    }
+    std::printf("%s: %zu of %zu weights differ\n", name.c_str(), others, weights);
+    REQUIRE(weights > 0);
+    // Sums in another order turn a rounding here and there; inputs of other columns or rows would turn most of them.
+    CHECK(static_cast<double>(others) < 0.02 * static_cast<double>(weights));
+  }
+}
+
 TEST_CASE("INT4 with its residual computes the sum of both, with the same bits in every mix of tiers") {
   const Source source("qwen2");  // with biases
   QuantizeOptions options = source.options("int4");

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -347,6 +348,35 @@ Status VulkanBackend::run(const Op& op) {
 Status VulkanBackend::submit() {
   SLUICE_TRY(alive());
   return commands_->flush();
+}
+
+// What a matrix product reads is X: padded, and out of order (shaders/arguments.h). `gate` is read as SwiGLU left it.
+Status VulkanBackend::read_slot(Slot slot, std::span<float> out) {
+  static constexpr std::array<uint8_t, 16> kColumnOf = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
+  const bool is_x = slot == Slot::normed || slot == Slot::attended || slot == Slot::gate;
+  const uint32_t columns = width(slot), stride = is_x ? x_stride(columns) : columns;
+  SLUICE_CHECK(active_rows_ > 0 && out.size() == size_t{active_rows_} * columns);
+  SLUICE_TRY(submit());
+  const uint64_t from = slot == Slot::gate ? scratch_.gate_x : scratch_.slots[static_cast<size_t>(slot)];
+  const auto most = static_cast<uint32_t>(kPieceBytes / (stride * sizeof(float)));
+  for (uint32_t first = 0; first < active_rows_; first += most) {
+    const uint32_t rows = std::min(most, active_rows_ - first);
+    SLUICE_TRY(run_now("reading activations", [&](VkCommandBuffer commands) {
+      const VkBufferCopy region{.srcOffset = from + uint64_t{first} * stride * sizeof(float), .dstOffset = 0,
+                                .size = uint64_t{rows} * stride * sizeof(float)};
+      device_->vk.vkCmdCopyBuffer(commands, scratch_memory_.handle, readback_.handle, 1, &region);
+      host_barrier(device_->vk, commands);
+    }));
+    const auto* read = reinterpret_cast<const float*>(readback_.mapped);
+    for (uint32_t r = 0; r < rows; ++r) {
+      float* to = out.data() + size_t{first + r} * columns;
+      for (uint32_t i = 0; i < stride; ++i) {
+        const uint32_t column = is_x ? i / 16 * 16 + kColumnOf[i % 16] : i;
+        if (column < columns) to[column] = read[size_t{r} * stride + i];
+      }
+    }
+  }
+  return {};
 }
 
 Status VulkanBackend::finish_pass(std::span<float> logits) {

@@ -58,6 +58,7 @@ class VulkanBackend final : public Backend {
   Status begin_pass(std::span<const Row> rows, std::span<const float> embeddings) override;
   Status run(const Op& op) override;
   Status submit() override;
+  Status read_slot(Slot slot, std::span<float> out) override;
   Status finish_pass(std::span<float> logits) override;
 
   uint64_t kv_bytes(uint32_t tokens) const override;
