@@ -18,6 +18,7 @@
 #include "import/encode.hpp"
 #include "import/source_file.hpp"
 #include "import/text.hpp"
+#include "quant/rounding.hpp"
 #include "storage/checksum.hpp"
 #include "storage/container_writer.hpp"
 
@@ -138,7 +139,7 @@ class Quantizer {
                 {"recipe", checksum_of_text(recipe)},
                 {"method", options_.method ? static_cast<int>(*options_.method) : -1},
                 {"tokens", storage::checksum(std::as_bytes(std::span(windows.ids)))},
-                {"residual", options_.residual},
+                {"residual", options_.residual ? quant::kResidualGroup : 0},
                 {"windows", windows.count},
                 {"window", windows.window},
                 {"damp", options_.damp}};
