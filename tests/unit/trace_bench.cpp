@@ -25,7 +25,7 @@ double best_of(int rounds, int calls, Body&& body) {
 }  // namespace
 
 int main(int argc, char**) {
-  Track track(0, "bench", Recorder::kCapacity);
+  Track track(0, "bench", Recorder::kBusyCapacity);
   const double stamp = best_of(200, 20000, [] { (void)ticks(); });
   const double span = best_of(200, 20000, [&] {
     const uint64_t begin = ticks();
