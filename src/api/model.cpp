@@ -17,7 +17,7 @@ namespace {
 
 // Bytes after which a rate of reading says something.
 constexpr uint64_t kTellingBytes = 32ull << 20;
-// Of memory, read twice for the prediction: 8 ms, and as large as most caches.
+// Of memory, read twice for the prediction: 10 ms, and as large as most caches.
 constexpr uint64_t kRateSampleBytes = 32ull << 20;
 
 // Of a pass of a `prefill` fault.
@@ -113,9 +113,16 @@ Sampling Model::State::default_sampling() const {
           .repeat_penalty = defaults.repetition_penalty, .seed = 0};
 }
 
-double Model::State::predict_pass() const {
-  plan::Bandwidths rates{.disk = bandwidths.disk, .bus = bandwidths.bus, .device_memory = bandwidths.device_memory};
-  if (rates.disk <= 0) rates.disk = engine->weights().disk_rate(kTellingBytes);
+double Model::State::disk_rate() const {
+  return bandwidths.disk > 0 ? bandwidths.disk : engine->weights().disk_rate(kTellingBytes);
+}
+
+double Model::State::predict_pass(double disk_rate) {
+  std::call_once(memory_measured, [this] {
+    if (bandwidths.device_memory > 0 || info.backend != "cpu") return;
+    bandwidths.device_memory = memory_read_rate(options.threads, kRateSampleBytes, 2);
+  });
+  const plan::Bandwidths rates{.disk = disk_rate, .bus = bandwidths.bus, .device_memory = bandwidths.device_memory};
   plan::Plan plan = engine->plan();
   plan::predict(plan, rates, 0);
   return plan.pass_seconds;
@@ -141,8 +148,6 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
   SLUICE_TRY_ASSIGN(opening, open_and_plan(path, options, options.bandwidths));
   const std::string backend_name = opening.backend->name();
   const std::string device_name = opening.backend->device_name();
-  // Before anything is loaded: the sample is given back by then.
-  const double memory_rate = memory_read_rate(options.threads, kRateSampleBytes, 2);
 
   const storage::TokenizerSpec& spec = opening.container.manifest().tokenizer;
   if (spec.model != storage::TokenizerModel::none) {
@@ -181,7 +186,6 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
     engine->recorder().injector()->set_rival(rival_pass(*engine, opening.shape.sessions - 1));
   }
   state->bandwidths = options.bandwidths;
-  if (state->bandwidths.device_memory <= 0 && backend_name == "cpu") state->bandwidths.device_memory = memory_rate;
   state->engine = std::move(engine);
   state->open_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return Model(std::move(state));

@@ -84,8 +84,7 @@ Session::State::~State() { model.give_slot(slot); }
 void Session::State::note_first_token() {
   if (!first_append) return;
   if (timings.first_token_seconds == 0) timings.first_token_seconds = seconds_between(*first_append, Clock::now());
-  // What the planner says of decoding, from what is known before it begins.
-  if (timings.predicted_pass_seconds == 0) timings.predicted_pass_seconds = model.predict_pass();
+  if (!disk_rate) disk_rate = model.disk_rate();
 }
 
 void Session::State::update_timings() {
@@ -137,7 +136,13 @@ Session& Session::operator=(Session&&) noexcept = default;
 Session::~Session() = default;
 
 std::span<const int32_t> Session::tokens() const { return state_->tokens; }
-const Timings& Session::timings() const { return state_->timings; }
+// What the planner says of decoding, from what was known before it began. Here, because nobody waits for a token.
+const Timings& Session::timings() const {
+  if (state_->timings.predicted_pass_seconds == 0 && state_->disk_rate) {
+    state_->timings.predicted_pass_seconds = state_->model.predict_pass(*state_->disk_rate);
+  }
+  return state_->timings;
+}
 void Session::cancel() noexcept { state_->cancelled.store(true); }
 
 Status Session::append(std::span<const int32_t> tokens) {

@@ -37,6 +37,7 @@ struct Model::State {
   std::optional<model::ChatTemplate> chat_template;
   std::string chat_template_error;      // why there is none although the file has one
   Bandwidths bandwidths;
+  std::once_flag memory_measured;       // bandwidths.device_memory is written under it
   double open_seconds = 0;
 
   std::mutex slots_mutex;
@@ -48,8 +49,9 @@ struct Model::State {
   void give_slot(uint32_t slot);
   trace::Track& track_of(uint32_t slot);
   Sampling default_sampling() const;    // of the generation config
-  // The planner's figure for a decode pass with the bandwidths known by now.
-  double predict_pass() const;
+  double disk_rate() const;             // given, or seen while loading and streaming so far; 0: neither
+  // The planner's figure for a decode pass. Measures memory at the first call, where nobody said how fast it is.
+  double predict_pass(double disk_rate);
 };
 
 struct Session::State {
@@ -83,6 +85,7 @@ struct Session::State {
   size_t logits_at = 0;                 // tokens.size() for which `logits` predicts the next; 0: none
   std::vector<backend::Row> rows;       // of one pass
   Timings timings;
+  std::optional<double> disk_rate;      // known when the first token was there
   std::optional<std::chrono::steady_clock::time_point> first_append;
   std::atomic<bool> cancelled{false};
 };
