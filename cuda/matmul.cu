@@ -12,24 +12,21 @@ constexpr uint32_t kMatvecRows = 8;
 bool is_grouped(WeightFormat format) { return format == WeightFormat::int4 || format == WeightFormat::int8; }
 bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// How K is cut for the matvec (matvec.cuh): depends on K, the format and the group alone, so that sums have one order
-// for 1 to 8 rows.
+// How K is cut for the matvec (matvec.cuh): depends on K, the format, the group and the device alone, so that sums have
+// one order for 1 to 8 rows.
 struct Cut {
   uint32_t slabs, steps, step_tiles, fold;
 };
 
 uint32_t ceil_div(uint32_t value, uint32_t by) { return (value + by - 1) / by; }
-uint32_t tile_bytes(WeightFormat format) {
-  return format == WeightFormat::int4 ? 512 : format == WeightFormat::int8 ? 1024 : 2048;
-}
 
-Cut cut_columns(const MatmulWeight& weight) {
+Cut cut_columns(const MatmulWeight& weight, uint32_t major) {
   const uint32_t tiles = ceil_div(weight.cols, 64);
-  const uint32_t share_tiles = kShareBytes / tile_bytes(weight.format);
+  const uint32_t share = share_tiles(weight.format, major);
   Cut cut = {};
   cut.slabs = ceil_div(tiles, kMatvecWarps * kSliceTiles);
   const uint32_t slab_tiles = ceil_div(tiles, cut.slabs);
-  cut.steps = ceil_div(slab_tiles, kMatvecWarps * share_tiles);
+  cut.steps = ceil_div(slab_tiles, kMatvecWarps * share);
   cut.step_tiles = ceil_div(slab_tiles, kMatvecWarps * cut.steps);
   cut.fold = is_grouped(weight.format) ? weight.group_elems : 64;
   if (cut.fold == 128 && cut.step_tiles % 2 != 0) cut.fold = 64;
@@ -92,9 +89,11 @@ bool owns_rows(const Cut& cut, const MatmulCall& call, uint32_t processors) {
 
 cudaError_t run_matvec(const MatmulCall& call, cudaStream_t stream) {
   const MatmulWeight& first = call.part[0].weight;
-  const Cut cut = cut_columns(first);
-  uint32_t processors = 0;
-  if (const cudaError_t error = multiprocessors(processors); error != cudaSuccess) return error;
+  uint32_t processors = 0, major = 0;
+  cudaError_t error = multiprocessors(processors);
+  if (error == cudaSuccess) error = compute_major(major);
+  if (error != cudaSuccess) return error;
+  const Cut cut = cut_columns(first, major);
   MatvecArgs args = {};
   for (uint32_t i = 0, tile = 0; i < call.parts; ++i) {
     const MatmulPart& from = call.part[i];
@@ -197,10 +196,10 @@ uint64_t matmul_workspace_bytes(const MatmulCall& call) {
     for (uint32_t i = 0; i < call.parts; ++i) bytes = std::max(bytes, matmul_workspace_bytes(part_alone(call, i)));
     return bytes;
   }
-  uint32_t processors = 0;
-  if (multiprocessors(processors) != cudaSuccess) return kMatmulCounterBytes;
+  uint32_t processors = 0, major = 0;
+  if (multiprocessors(processors) != cudaSuccess || compute_major(major) != cudaSuccess) return kMatmulCounterBytes;
   if (call.rows <= kMatvecRows) {
-    const Cut cut = cut_columns(call.part[0].weight);
+    const Cut cut = cut_columns(call.part[0].weight, major);
     const uint32_t copies = cut.slabs == 1 ? 0 : owns_rows(cut, call, processors) ? 1 : cut.slabs;
     bytes = uint64_t{copies} * row_tiles_of(call) * 128 * sizeof(float);
   } else if (wgmma_serves(call)) {

@@ -39,9 +39,25 @@ inline cudaError_t shared_limit(uint32_t& out) {
   return error;
 }
 
+// ... where two blocks are to have room on a multiprocessor.
+inline cudaError_t shared_limit_of_two(uint32_t& out) {
+  int device = 0, all = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  out = static_cast<uint32_t>(std::max(all / 2 - 2048, 0));
+  return error;
+}
+
+// Of 64 columns, in a warp's share of a step of the matvec.
+inline uint32_t share_tiles(WeightFormat format, uint32_t major) {
+  if (format == WeightFormat::int4) return major < 9 ? 4 : 2;
+  return format == WeightFormat::int8 ? 2 : 1;
+}
+
 // More than 48 KiB of shared memory have to be asked for, per kernel and device; `seen` remembers the devices.
+// `two_blocks`: of the kernel on a multiprocessor; all of its shared memory is asked for then.
 template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, uint32_t bytes, std::atomic<uint64_t>& seen) {
+cudaError_t allow_shared(Kernel kernel, uint32_t bytes, std::atomic<uint64_t>& seen, bool two_blocks = false) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -53,6 +69,10 @@ cudaError_t allow_shared(Kernel kernel, uint32_t bytes, std::atomic<uint64_t>& s
   if (bytes > most) return cudaErrorInvalidConfiguration;
   error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(most));
+  if (error == cudaSuccess && two_blocks) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess) seen.fetch_or(bit, std::memory_order_relaxed);
   return error;
 }

@@ -9,12 +9,20 @@
 // out         [M][ldo]                           FP32
 // partial     [slabs][ceil(N/16)][128]           FP32      workspace; [ceil(N/16)][128] where blocks own rows
 //
-// Schedule. K is cut into `slabs` of at most 4096 columns. A unit of work is 16 rows of W x one slab; it comes in steps
-// of 32 KiB (int4: one step, int8: two, f16: four), of which each of a block's 16 warps takes 16 rows x 2 KiB. A warp
-// meets the same columns in every unit of a slab, so their activations stay in registers (B fragments, 32 of them; rows
-// that are not there are zero, which is why a row has the same bits in every company). Four warps a scheduler are what
-// it takes: unpacking and multiplying a warp's share is one chain of some hundred instructions, and with two the chain
-// was the bound on an H200, at 60% of the memory's rate.
+// Schedule. K is cut into `slabs` of at most 4096 columns. A unit of work is 16 rows of W x one slab. A warp, one of
+// sixteen, takes four tiles of it, the same columns in every unit of a slab. Units come in steps, in each of which warp
+// w has tiles 2w and 2w + 1 (f16: w) of 32 (16); on sm_75 to sm_89 an int4 unit is one step, with tiles 4w to 4w + 3.
+// What a row of x gives does not depend on the rows beside it: the columns of a product with 8 are independent.
+//
+// Two ways to hold x, which give the same bits:
+//   8 columns  in registers (B fragments, 32 of them; rows that are not there are zero), one block on a multiprocessor.
+//              A slot of the ring holds all of an int4 unit (32 KiB). Four warps a scheduler are what it takes:
+//              unpacking and multiplying a warp's share is one chain of some hundred instructions, and with two the
+//              chain was the bound on an H200, at 60% of the memory's rate.
+//   2 columns  in shared memory, each warp its own part (1 or 2 rows, int4, sm_90). That leaves room for two blocks on
+//              a multiprocessor, of 56 registers a thread: while one begins, ends or waits for its other warps, the
+//              second goes on, and a block of the next product begins where the first of them ends. A slot holds a
+//              step. On an H200 8192 x 8192 takes 11.6 us instead of 13.5, 28672 x 8192 31.4 instead of 33.5.
 //
 //             slab 0                          slab 1
 //      +---+---+---+---+- -+---+      +---+---+---+- -+---+
@@ -30,7 +38,7 @@
 //
 // Steps go through a ring in shared memory. On sm_90 a warp of its own asks the bulk copy engine for each step, which
 // is one run of memory for values and one for scales; the ring fills while the kernel in front is still running,
-// because weights do not depend on activations, and the activations of later slabs come through it as well. Three steps
+// because weights do not depend on activations, and the activations of later slabs come through it as well. Three units
 // deep: with more, what the ring asks for while a small kernel runs in front delays that kernel by more than it brings
 // (a norm takes 1.9 us with two, 3 with three or four, 5 with five; a pass of a 70B's layers is shortest with three).
 // On sm_80 to sm_89 every warp copies its own share with cp.async.
@@ -40,7 +48,7 @@
 // five places. A warp waits once in four units, for all warps to have come that far; so when it arrives at unit u + 4,
 // unit u's barrier is over, and when it writes unit u + 5's sums, those of u have been read.
 //
-// Geometry: min(row tiles or U, multiprocessors) blocks of 544 threads, one on a multiprocessor.
+// Geometry: min(row tiles or U, one or two for each multiprocessor) blocks of 544 threads.
 // Bytes moved: values + scales, once; x once per block and slab, out of L2.
 // Compiled: int4 (symmetric, zeros, bias) and int8 with folds of 32, 64, 128 columns (64 also serves groups of 128
 // where shares are odd), f16, bf16.
@@ -55,29 +63,35 @@ namespace sluice::cuda {
 
 inline constexpr uint32_t kMatvecWarps = 16;
 inline constexpr uint32_t kMatvecThreads = kMatvecWarps * 32;
-inline constexpr uint32_t kSliceTiles = 4;                        // of 64 columns, in a warp's registers
-inline constexpr uint32_t kShareBytes = 2048;                     // of a step, for one warp
-inline constexpr uint32_t kStepBytes = kMatvecWarps * kShareBytes;
-inline constexpr uint32_t kMostDepth = 3;  // steps in the ring
-inline constexpr uint32_t kXRows = 4;                             // of x in one slot
+inline constexpr uint32_t kSliceTiles = 4;            // of 64 columns, a warp's share of a slab
+inline constexpr uint32_t kMostRingBytes = 96 << 10;  // of values
+inline constexpr uint32_t kMostDepth = 6;             // slots in the ring
+inline constexpr uint32_t kFewRows = 2;               // of x, that lie in shared memory
+inline constexpr uint32_t kFewestSlots = 4;           // in a ring of one of two blocks
 
+// kBytes: of 16 rows x 64 columns. kShareTiles: a warp's in a step (share_tiles() of matmul.cu).
 template <WeightFormat kFormat>
 struct TileOf;
 template <>
 struct TileOf<WeightFormat::int4> {
-  static constexpr uint32_t kBytes = 512;  // of 16 rows x 64 columns
+  static constexpr uint32_t kBytes = 512;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr uint32_t kShareTiles = 4;
+#else
+  static constexpr uint32_t kShareTiles = 2;
+#endif
 };
 template <>
 struct TileOf<WeightFormat::int8> {
-  static constexpr uint32_t kBytes = 1024;
+  static constexpr uint32_t kBytes = 1024, kShareTiles = 2;
 };
 template <>
 struct TileOf<WeightFormat::f16> {
-  static constexpr uint32_t kBytes = 2048;
+  static constexpr uint32_t kBytes = 2048, kShareTiles = 1;
 };
 template <>
 struct TileOf<WeightFormat::bf16> {
-  static constexpr uint32_t kBytes = 2048;
+  static constexpr uint32_t kBytes = 2048, kShareTiles = 1;
 };
 
 // What belongs to a group besides its scale. Branches on it inside a step would keep groups from overlapping.
@@ -108,15 +122,20 @@ struct MatvecArgs {
   uint32_t steps, step_tiles;  // of a unit; of a warp's share of a step
   uint32_t value_row_bytes;    // of one row tile
   uint32_t groups, group_shift;  // per row; log2(group)
+  uint32_t x_rows;             // of x in one slot
   SlotLayout slot;
-  uint32_t depth;  // slots of the ring
+  uint32_t share, longer;  // row tiles or units of a block; blocks that have one more, the first ones
+  uint32_t depth;    // slots of the ring
+  uint32_t x_bytes;  // of x in shared memory
   bool owns_rows, accumulate, weights_early, clear_ring;
 };
 
 namespace matvec {
 
 inline constexpr uint32_t kThreads = kMatvecThreads + 32;  // and the producer, idle before sm_90
-inline constexpr uint32_t kRegisters = 80;                 // leaves room beside the block for one of attention
+// Of a thread. Beside a block with x in registers there is room for one of attention.
+template <uint32_t kColumns>
+inline constexpr uint32_t kRegisters = kColumns == kFewRows ? 56 : 80;
 inline constexpr uint32_t kQuarters = 4, kQuarterWarps = kMatvecWarps / kQuarters;
 // Places for sums. Before sm_90 one will do: all warps meet in every step.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -124,7 +143,9 @@ inline constexpr uint32_t kSumSets = 1;
 #else
 inline constexpr uint32_t kSumSets = 5;
 #endif
-inline constexpr uint32_t kSumBytes = kMatvecWarps * 512;  // of one
+template <uint32_t kColumns>
+inline constexpr uint32_t kSumBytes = kMatvecWarps * 16 * kColumns * 4;  // of one
+inline constexpr uint32_t kXPitch = kSliceTiles * 128 + 16;  // of a row of a warp's x in shared memory, off the banks
 inline constexpr uint32_t kXSumBytes = kMatvecWarps * 8 * 8 * 4;    // sums of x, only where weights have a bias
 inline constexpr uint32_t kListBytes = kMatvecThreads * 4;
 
@@ -136,6 +157,13 @@ __device__ __forceinline__ void sums_arrive(uint32_t quarter) {
 }
 __device__ __forceinline__ void sums_wait(uint32_t quarter) {
   asm volatile("bar.sync %0, %1;" ::"r"(2 + quarter), "n"(kMatvecThreads) : "memory");
+}
+
+// what(0) to what(kCount - 1), the numbers known to the compiler.
+template <uint32_t kCount, uint32_t kNumber = 0, class Do>
+__device__ __forceinline__ void for_each(const Do& what) {
+  what(std::integral_constant<uint32_t, kNumber>{});
+  if constexpr (kNumber + 1 < kCount) for_each<kCount, kNumber + 1>(what);
 }
 
 __device__ __forceinline__ uint32_t part_of(const MatvecArgs& a, uint32_t row_tile) {
@@ -150,9 +178,8 @@ struct Walk {
   uint32_t first, end;            // row tiles where a slab's walk begins and ends
 
   explicit __device__ __forceinline__ Walk(const MatvecArgs& a) {
-    const uint32_t walked = a.owns_rows ? a.row_tiles : a.units;
-    const uint32_t from = static_cast<uint32_t>(uint64_t{blockIdx.x} * walked / gridDim.x);
-    const uint32_t to = static_cast<uint32_t>(uint64_t{blockIdx.x + 1} * walked / gridDim.x);
+    const uint32_t from = blockIdx.x * a.share + min(blockIdx.x, a.longer);
+    const uint32_t to = from + a.share + (blockIdx.x < a.longer ? 1 : 0);
     slab = a.owns_rows ? 0 : from / a.row_tiles;
     row_tile = from - slab * a.row_tiles;
     left = (to - from) * (a.owns_rows ? a.slabs : 1);
@@ -170,7 +197,8 @@ struct Walk {
 };
 
 // The run of memory that is a step of a unit.
-template <WeightFormat kFormat, GroupForm kForm>
+// kMerged: both steps of a unit in one.
+template <WeightFormat kFormat, GroupForm kForm, bool kMerged>
 struct Step {
   static constexpr bool kGrouped = kFormat == WeightFormat::int4 || kFormat == WeightFormat::int8;
   static constexpr uint32_t kTile = TileOf<kFormat>::kBytes;
@@ -179,8 +207,9 @@ struct Step {
 
   __device__ __forceinline__ Step(const MatvecArgs& a, const Walk& at, uint32_t step) {
     const MatvecArgs::Part& p = a.part[part_of(a, at.row_tile)];
-    const uint32_t tiles = kMatvecWarps * a.step_tiles;
-    const uint32_t first = min(a.col_tiles, (at.slab * a.steps + step) * tiles), last = min(a.col_tiles, first + tiles);
+    const uint32_t tiles = kMatvecWarps * a.step_tiles * (kMerged ? a.steps : 1);
+    const uint32_t first = min(a.col_tiles, (at.slab * (kMerged ? 1 : a.steps) + step) * tiles);
+    const uint32_t last = min(a.col_tiles, first + tiles);
     const uint64_t row_tile = at.row_tile - p.first_tile;
     bytes = min(last * kTile, a.value_row_bytes) - min(first * kTile, a.value_row_bytes);
     values = p.values + row_tile * a.value_row_bytes + first * kTile;
@@ -220,9 +249,9 @@ struct Place {
 #if __CUDA_ARCH__ >= 900
 // The producer's whole life, by one thread: every step of every unit, and in front of each slab but the first its
 // activations.
-template <WeightFormat kFormat, GroupForm kForm>
+template <WeightFormat kFormat, GroupForm kForm, bool kMerged>
 __device__ __forceinline__ void produce(const MatvecArgs& a, uint32_t ring, uint32_t full, uint32_t empty) {
-  using S = Step<kFormat, kForm>;
+  using S = Step<kFormat, kForm, kMerged>;
   const uint64_t policy = evict_first_policy();
   Place place;
   uint32_t filled = 0;
@@ -239,7 +268,7 @@ __device__ __forceinline__ void produce(const MatvecArgs& a, uint32_t ring, uint
   Walk walk(a);
   while (walk.left != 0) {
 #pragma unroll 1
-    for (uint32_t step = 0; step < a.steps; ++step) {
+    for (uint32_t step = 0; step < (kMerged ? 1 : a.steps); ++step) {
       const S s(a, walk, step);
       const uint32_t slot = next_slot(), barrier = full + place.slot * 8;
       barrier_expect(barrier, s.bytes + s.groups * (32 + S::kExtraBytes));
@@ -255,8 +284,8 @@ __device__ __forceinline__ void produce(const MatvecArgs& a, uint32_t ring, uint
     const uint32_t tiles = a.steps * a.step_tiles * kMatvecWarps, first = walk.slab * tiles;
     const uint32_t bytes = (min(a.col_tiles, first + tiles) - first) * 128;
 #pragma unroll 1
-    for (uint32_t row = 0; row < a.rows; row += kXRows) {
-      const uint32_t slot = next_slot(), barrier = full + place.slot * 8, rows = min(a.rows - row, kXRows);
+    for (uint32_t row = 0; row < a.rows; row += a.x_rows) {
+      const uint32_t slot = next_slot(), barrier = full + place.slot * 8, rows = min(a.rows - row, a.x_rows);
       barrier_expect(barrier, bytes * rows);
       for (uint32_t i = 0; i < rows; ++i) {
         bulk_copy(slot + i * x_stride(a), a.x + uint64_t{row + i} * a.ldx + first * 64, bytes, barrier,
@@ -271,7 +300,7 @@ __device__ __forceinline__ void produce(const MatvecArgs& a, uint32_t ring, uint
 template <WeightFormat kFormat, GroupForm kForm>
 __device__ __forceinline__ void copy_share(const MatvecArgs& a, const Walk& at, uint32_t step, uint8_t* slot,
                                            uint32_t warp, uint32_t lane) {
-  using S = Step<kFormat, kForm>;
+  using S = Step<kFormat, kForm, false>;
   const S s(a, at, step);
   const uint32_t share = a.step_tiles * S::kTile, begin = warp * share, end = min(s.bytes, begin + share);
   for (uint32_t i = begin + lane * 16; i < end; i += 512) copy16(shared_address(slot + i), s.values + i, true);
@@ -293,82 +322,145 @@ __device__ __forceinline__ void copy_wait_but(uint32_t pending) {
   switch (pending) {
     case 0: return copy_wait<0>();
     case 1: return copy_wait<1>();
-    default: return copy_wait<2>();
+    default: return copy_wait<2>();   // kMostRingBytes are three steps there
   }
 }
 #endif
 
-// The warp's activations: x[tile][word][half], rows from a.rows on and tiles past K zero. Tile i is of step i / (tiles
-// of a share).
-struct Activations {
-  uint32_t b[kSliceTiles][4][2];
-};
-
 // Where tile i of the warp's share lies in a slab, in tiles; past it for tiles that the share does not have.
 template <WeightFormat kFormat>
 __device__ __forceinline__ uint32_t tile_in_slab(const MatvecArgs& a, uint32_t warp, uint32_t i) {
-  constexpr uint32_t kStepTiles = kShareBytes / TileOf<kFormat>::kBytes;
+  constexpr uint32_t kStepTiles = TileOf<kFormat>::kShareTiles;
   const uint32_t step = i / kStepTiles, within = i % kStepTiles;
   if (step >= a.steps || within >= a.step_tiles) return ~0u;
   return (step * kMatvecWarps + warp) * a.step_tiles + within;
 }
 
-template <WeightFormat kFormat>
-__device__ __forceinline__ void load_activations(const MatvecArgs& a, uint32_t slab, uint32_t warp, uint32_t lane,
-                                                 Activations& x) {
-  const uint32_t g = lane >> 2, t = lane & 3, first = slab * a.steps * a.step_tiles * kMatvecWarps;
-  const __half* row = a.x + uint64_t{min(g, a.rows - 1)} * a.ldx + t * 2;
-#pragma unroll
-  for (uint32_t i = 0; i < kSliceTiles; ++i) {
-    const uint32_t tile = tile_in_slab<kFormat>(a, warp, i);
-    const bool there = g < a.rows && tile != ~0u && first + tile < a.col_tiles;
-#pragma unroll
-    for (uint32_t c = 0; c < 8; ++c) {
-      const uint32_t* from = reinterpret_cast<const uint32_t*>(row + uint64_t{first + tile} * 64 + c * 8);
-      x.b[i][c / 2][c % 2] = there ? __ldcg(from) : 0;
-    }
-  }
+__device__ __forceinline__ uint32_t first_tile_of(const MatvecArgs& a, uint32_t slab) {
+  return slab * a.steps * a.step_tiles * kMatvecWarps;
 }
 
-// Rows row..row+3 of the slab's x out of a slot of the ring into the fragments, whose other rows stay. Lanes g of those
-// rows alone take what ldmatrix gives; the addresses of the others repeat them.
+// A warp's activations of a slab in its registers: tile i is of step i / (tiles of a share); rows from a.rows on and
+// tiles past K are zero.
 template <WeightFormat kFormat>
-__device__ __forceinline__ void take_activations(const MatvecArgs& a, uint32_t slab, uint32_t slot, uint32_t row,
-                                                 uint32_t warp, uint32_t lane, Activations& x) {
-  const uint32_t g = lane >> 2, first = slab * a.steps * a.step_tiles * kMatvecWarps;
-  const bool mine = g >= row && g < row + kXRows;
-  const uint32_t from = slot + (lane & 3) * x_stride(a) + (lane >> 3) * 16;
+class XInRegisters {
+ public:
+  __device__ __forceinline__ XInRegisters(const MatvecArgs&, uint8_t*, uint32_t, uint32_t) {}
+
+  __device__ __forceinline__ void load(const MatvecArgs& a, uint32_t slab, uint32_t warp, uint32_t lane) {
+    const uint32_t g = lane >> 2, t = lane & 3, first = first_tile_of(a, slab);
+    const __half* row = a.x + uint64_t{min(g, a.rows - 1)} * a.ldx + t * 2;
 #pragma unroll
-  for (uint32_t i = 0; i < kSliceTiles; ++i) {
-    const uint32_t tile = tile_in_slab<kFormat>(a, warp, i);
+    for (uint32_t i = 0; i < kSliceTiles; ++i) {
+      const uint32_t tile = tile_in_slab<kFormat>(a, warp, i);
+      const bool there = g < a.rows && tile != ~0u && first + tile < a.col_tiles;
+#pragma unroll
+      for (uint32_t c = 0; c < 8; ++c) {
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(row + uint64_t{first + tile} * 64 + c * 8);
+        b_[i][c / 2][c % 2] = there ? __ldcg(from) : 0;
+      }
+    }
+  }
+
+  // Rows row..row+x_rows-1 of the slab's x out of a slot of the ring; the others stay. Lanes g of those rows alone take
+  // what ldmatrix gives; the addresses of the others repeat them. x_rows: a power of two.
+  __device__ __forceinline__ void take(const MatvecArgs& a, uint32_t slab, uint32_t slot, uint32_t row, uint32_t warp,
+                                       uint32_t lane) {
+    const uint32_t g = lane >> 2, first = first_tile_of(a, slab);
+    const bool mine = g >= row && g < row + a.x_rows;
+    const uint32_t from = slot + (lane & (a.x_rows - 1)) * x_stride(a) + (lane >> 3) * 16;
+#pragma unroll
+    for (uint32_t i = 0; i < kSliceTiles; ++i) {
+      const uint32_t tile = tile_in_slab<kFormat>(a, warp, i);
+      const bool there = tile != ~0u && first + tile < a.col_tiles;
+      uint32_t low[4] = {}, high[4] = {};
+      if (there) {
+        load_matrices(low, from + tile * 128);
+        load_matrices(high, from + tile * 128 + 64);
+      }
+#pragma unroll
+      for (uint32_t c = 0; c < 4; ++c) {
+        if (mine) b_[i][c / 2][c % 2] = g < a.rows ? low[c] : 0;
+        if (mine) b_[i][2 + c / 2][c % 2] = g < a.rows ? high[c] : 0;
+      }
+    }
+  }
+
+  // The B operands of 32 columns: b0, b1 of the first 16, then of the others.
+  template <uint32_t kTile, uint32_t kHalf>
+  __device__ __forceinline__ void get(uint32_t (&b)[4]) const {
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) b[i] = b_[kTile][kHalf * 2 + i / 2][i % 2];
+  }
+
+ private:
+  uint32_t b_[kSliceTiles][4][2];
+};
+
+// ... in shared memory, [rows][kXPitch] of the warp's own. Operands of rows that are not there repeat the last one: what
+// they give, nobody takes.
+template <WeightFormat kFormat>
+class XInShared {
+ public:
+  __device__ __forceinline__ XInShared(const MatvecArgs& a, uint8_t* memory, uint32_t warp, uint32_t lane)
+      : mine_(memory + warp * a.rows * kXPitch + lane * 16),
+        operands_(shared_address(memory) + (warp * a.rows + min(lane & 7, a.rows - 1)) * kXPitch + (lane >> 3) * 16) {}
+
+  __device__ __forceinline__ void load(const MatvecArgs& a, uint32_t slab, uint32_t warp, uint32_t lane) {
+    const uint32_t tile = tile_in_slab<kFormat>(a, warp, lane >> 3), first = first_tile_of(a, slab);
     const bool there = tile != ~0u && first + tile < a.col_tiles;
-    uint32_t low[4] = {}, high[4] = {};
-    if (there) {
-      load_matrices(low, from + tile * 128);
-      load_matrices(high, from + tile * 128 + 64);
-    }
+    const __half* from = a.x + uint64_t{first + tile} * 64 + (lane & 7) * 8;
 #pragma unroll
-    for (uint32_t c = 0; c < 4; ++c) {
-      if (mine) x.b[i][c / 2][c % 2] = g < a.rows ? low[c] : 0;
-      if (mine) x.b[i][2 + c / 2][c % 2] = g < a.rows ? high[c] : 0;
+    for (uint32_t row = 0; row < kFewRows; ++row) {
+      if (row >= a.rows) break;
+      *reinterpret_cast<uint4*>(mine_ + row * kXPitch) =
+          there ? __ldcg(reinterpret_cast<const uint4*>(from + uint64_t{row} * a.ldx)) : make_uint4(0, 0, 0, 0);
     }
+    __syncwarp();
   }
-}
 
-// Sums of x over each fold of the share, for weights with a bias: sums[fold][row of x].
-template <uint32_t kFold>
-__device__ __forceinline__ void sum_activations(const Activations& x, uint32_t lane, float* sums) {
-  const Fragment ones = {{0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}};
-  float c[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (uint32_t i = 0; i < kSliceTiles * 4; ++i) {
-    mma_f16(c, ones, x.b[i / 4][i % 4][0], x.b[i / 4][i % 4][1]);
-    if ((i + 1) * 16 % kFold == 0) {
-      if (lane < 4)
-        *reinterpret_cast<float2*>(sums + ((i + 1) * 16 / kFold - 1) * 8 + lane * 2) = make_float2(c[0], c[1]);
-      c[0] = c[1] = c[2] = c[3] = 0;
+  __device__ __forceinline__ void take(const MatvecArgs& a, uint32_t slab, uint32_t slot, uint32_t row, uint32_t warp,
+                                       uint32_t lane) {
+    const uint32_t tile = tile_in_slab<kFormat>(a, warp, lane >> 3);
+    const bool there = tile != ~0u && first_tile_of(a, slab) + tile < a.col_tiles;
+    const uint32_t from = slot + tile * 128 + (lane & 7) * 16, rows = min(a.rows - row, a.x_rows);
+    __syncwarp();  // the slab before is done with
+    for (uint32_t i = 0; i < rows; ++i) {
+      *reinterpret_cast<uint4*>(mine_ + (row + i) * kXPitch) =
+          there ? load_shared16(from + i * x_stride(a)) : make_uint4(0, 0, 0, 0);
     }
+    __syncwarp();
   }
+
+  template <uint32_t kTile, uint32_t kHalf>
+  __device__ __forceinline__ void get(uint32_t (&b)[4]) const {
+    load_operands(b, operands_ + kTile * 128 + kHalf * 64);
+  }
+
+ private:
+  uint8_t* mine_;
+  uint32_t operands_;
+};
+
+// Sums of x over each fold of the share: sums[fold][row of x].
+template <uint32_t kFold, class X>
+__device__ __forceinline__ void sum_activations(const X& x, uint32_t lane, float* sums) {
+  const Fragment ones = {{0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}};
+  constexpr uint32_t kHalves = kFold / 32;  // of a fold, each 32 columns
+  float2 fold_sum = {0, 0};
+  for_each<kSliceTiles * 2>([&](auto half) {
+    constexpr uint32_t i = decltype(half)::value;
+    uint32_t b[4];
+    x.template get<i / 2, i % 2>(b);
+    float c[4] = {0, 0, 0, 0};  // apart, so that nobody waits for the one before
+    mma_f16(c, ones, b[0], b[1]);
+    mma_f16(c, ones, b[2], b[3]);
+    fold_sum.x += c[0];
+    fold_sum.y += c[1];
+    if ((i + 1) % kHalves != 0) return;
+    if (lane < 4) *reinterpret_cast<float2*>(sums + i / kHalves * 8 + lane * 2) = fold_sum;
+    fold_sum = {0, 0};
+  });
   __syncwarp();
 }
 
@@ -407,47 +499,53 @@ struct GroupPlanes {
 };
 
 // One step: adds the warp's share of it to `total`. kStep is the step's number in the unit, which says what part of x
-// it meets.
-template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm, uint32_t kStep>
-__device__ __forceinline__ void multiply_step(const MatvecArgs& a, const Activations& x, const uint8_t* slot,
-                                              uint32_t warp, uint32_t lane, const float* x_sums, float (&total)[4]) {
-  constexpr uint32_t kTiles = kShareBytes / TileOf<kFormat>::kBytes;
-  const uint32_t g = lane >> 2, t = lane & 3, first_tile = warp * a.step_tiles;
+// it meets; `kInSlot` its number in the slot.
+template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm, uint32_t kStep, uint32_t kInSlot, class X>
+__device__ __forceinline__ void multiply_step(const MatvecArgs& a, const X& x, const uint8_t* slot, uint32_t warp,
+                                              uint32_t lane, const float* x_sums, float (&total)[4]) {
+  constexpr uint32_t kTiles = TileOf<kFormat>::kShareTiles;
+  const uint32_t g = lane >> 2, t = lane & 3, first_tile = (kInSlot * kMatvecWarps + warp) * a.step_tiles;
   // One wide load per tile by name: left to itself the compiler loads word by word where it needs them, lanes 16 bytes
   // apart, which is four bank conflicts each time.
   const uint32_t q = shared_address(slot) + first_tile * TileOf<kFormat>::kBytes + lane * 16;
   if constexpr (kFormat == WeightFormat::f16 || kFormat == WeightFormat::bf16) {
+    for_each<kTiles * 2>([&](auto half) {
+      constexpr uint32_t i = decltype(half)::value;
+      uint32_t b[4];
+      x.template get<kStep * kTiles + i / 2, i % 2>(b);
 #pragma unroll
-    for (uint32_t i = 0; i < kTiles * 4; ++i) {
-      const uint4 w = load_shared16(q + i * 512);
-      const Fragment f = {{w.x, w.y, w.z, w.w}};
-      const uint32_t(&b)[2] = x.b[kStep * kTiles + i / 4][i % 4];
-      if constexpr (kFormat == WeightFormat::f16) mma_f16(total, f, b[0], b[1]);
-      else mma_bf16(total, f, b[0], b[1]);
-    }
+      for (uint32_t k = 0; k < 2; ++k) {
+        const uint4 w = load_shared16(q + (i * 2 + k) * 512);
+        const Fragment f = {{w.x, w.y, w.z, w.w}};
+        if constexpr (kFormat == WeightFormat::f16) mma_f16(total, f, b[2 * k], b[2 * k + 1]);
+        else mma_bf16(total, f, b[2 * k], b[2 * k + 1]);
+      }
+    });
   } else {
     const GroupPlanes<kForm> planes = {slot, a.slot};
     const uint32_t base = (first_tile << 6) >> a.group_shift;  // group of the share's first tile, in the step
-#pragma unroll
-    for (uint32_t fold = 0; fold < kTiles * 64 / kFold; ++fold) {
+    for_each<kTiles * 64 / kFold>([&](auto fold_number) {
+      constexpr uint32_t fold = decltype(fold_number)::value;
       const uint32_t group = kFold == 64 ? ((first_tile + fold) << 6) >> a.group_shift : base + fold;
       float sum[4] = {0, 0, 0, 0};
       const Int4Zero zero = kFormat == WeightFormat::int4 ? planes.zero(group, g) : Int4Zero{};
-      constexpr uint32_t kWide = kFormat == WeightFormat::int4 ? 64 : 32;  // columns of a lane's 16 bytes
       uint4 w = {};
-#pragma unroll
-      for (uint32_t k16 = fold * kFold / 16; k16 < (fold + 1) * kFold / 16; ++k16) {
-        const uint32_t(&b)[2] = x.b[kStep * kTiles + k16 / 4][k16 % 4];
-        if (k16 * 16 % kWide == 0 || k16 * 16 == fold * kFold) w = load_shared16(q + k16 * 16 / kWide * 512);
+      for_each<kFold / 32>([&](auto half) {
+        constexpr uint32_t i = fold * (kFold / 32) + decltype(half)::value;  // of 32 columns
+        uint32_t b[4];
+        x.template get<kStep * kTiles + i / 2, i % 2>(b);
         if constexpr (kFormat == WeightFormat::int4) {
-          const uint32_t word = k16 % 4 == 0 ? w.x : k16 % 4 == 1 ? w.y : k16 % 4 == 2 ? w.z : w.w;
-          mma_f16(sum, fragment_int4(word, zero), b[0], b[1]);
+          if (i % 2 == 0 || decltype(half)::value == 0) w = load_shared16(q + i / 2 * 512);
+          mma_f16(sum, fragment_int4(i % 2 == 0 ? w.x : w.z, zero), b[0], b[1]);
+          mma_f16(sum, fragment_int4(i % 2 == 0 ? w.y : w.w, zero), b[2], b[3]);
         } else {
-          mma_f16(sum, k16 % 2 == 0 ? fragment_int8(w.x, w.y) : fragment_int8(w.z, w.w), b[0], b[1]);
+          w = load_shared16(q + i * 512);
+          mma_f16(sum, fragment_int8(w.x, w.y), b[0], b[1]);
+          mma_f16(sum, fragment_int8(w.z, w.w), b[2], b[3]);
         }
-      }
+      });
       planes.fold(total, sum, group, g, t, x_sums + (kStep * kTiles * 64 / kFold + fold) * 8);
-    }
+    });
   }
 }
 
@@ -512,24 +610,34 @@ __device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t f
   }
 }
 
-template <WeightFormat kFormat, uint32_t kStep = 0, class Do>
-__device__ __forceinline__ void for_each_step(const Do& what) {
-  what(std::integral_constant<uint32_t, kStep>{});
-  constexpr uint32_t kSteps = kSliceTiles * TileOf<kFormat>::kBytes / kShareBytes;
-  if constexpr (kStep + 1 < kSteps) for_each_step<kFormat, kStep + 1>(what);
-}
+// With x in registers a slot holds all of a unit of int4: half as many waits. With two blocks on a multiprocessor there
+// is no room for that, and somebody else to go on meanwhile.
+template <WeightFormat kFormat, uint32_t kColumns>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool merges_steps = false;
+#else
+inline constexpr bool merges_steps = kFormat == WeightFormat::int4 && kColumns != kFewRows;
+#endif
 
-template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm>
-__global__ void __maxnreg__(kRegisters) matvec_kernel(const __grid_constant__ MatvecArgs a) {
+// kColumns: rows of x that sums are kept for, 8 with x in registers or kFewRows with x in shared memory.
+template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm, uint32_t kColumns>
+__global__ void __maxnreg__(kRegisters<kColumns>) matvec_kernel(const __grid_constant__ MatvecArgs a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (kColumns == kFewRows) return;  // never launched
+#endif
   constexpr uint32_t kXSums = kForm == GroupForm::bias ? kXSumBytes : 0;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t barriers[2 * kMostDepth];
   // Broadcast, so that the compiler knows it is one for all lanes and keeps addresses in uniform registers.
   const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  float* sums = reinterpret_cast<float*>(shared);  // [set][warp][lane][4]
-  uint32_t* last_list = reinterpret_cast<uint32_t*>(shared + kSumSets * kSumBytes);
-  float* x_sums = reinterpret_cast<float*>(shared + kSumSets * kSumBytes + kListBytes) + warp * 64;
-  uint8_t* ring = shared + kSumSets * kSumBytes + kListBytes + kXSums;
+  constexpr uint32_t kLanes = kColumns / 2;  // of four, those whose sums are kept
+  constexpr bool kFew = kColumns == kFewRows, kMerged = merges_steps<kFormat, kColumns>;
+  float* sums = reinterpret_cast<float*>(shared);  // [set][warp][g][kLanes][4]
+  uint32_t* last_list = reinterpret_cast<uint32_t*>(shared + kSumSets * kSumBytes<kColumns>);
+  uint8_t* behind_list = shared + kSumSets * kSumBytes<kColumns> + kListBytes;
+  float* x_sums = reinterpret_cast<float*>(behind_list) + warp * 64;
+  uint8_t* x_memory = behind_list + kXSums;
+  uint8_t* ring = x_memory + a.x_bytes;
   [[maybe_unused]] const uint32_t full = shared_address(barriers), empty = full + kMostDepth * 8;
   let_next_kernel_start();
   if (a.clear_ring) {
@@ -548,7 +656,7 @@ __global__ void __maxnreg__(kRegisters) matvec_kernel(const __grid_constant__ Ma
   async_proxy_fence();
   __syncthreads();
   if (warp == kMatvecWarps) {
-    if (lane == 0) produce<kFormat, kForm>(a, shared_address(ring), full, empty);
+    if (lane == 0) produce<kFormat, kForm, kMerged>(a, shared_address(ring), full, empty);
     return;
   }
 #else
@@ -568,6 +676,8 @@ __global__ void __maxnreg__(kRegisters) matvec_kernel(const __grid_constant__ Ma
   };
   for (uint32_t slot = 0; slot < a.depth; ++slot) copy_next(slot);
 #endif
+  Walk walk(a);
+  const uint32_t units = walk.left, first_unit = walk.slab * a.row_tiles + walk.row_tile;
   wait_for_previous_kernel();
 
   Place place;
@@ -589,37 +699,54 @@ __global__ void __maxnreg__(kRegisters) matvec_kernel(const __grid_constant__ Ma
 #endif
     place.next(a.depth);
   };
-  Walk walk(a);
-  const uint32_t units = walk.left, first_unit = walk.slab * a.row_tiles + walk.row_tile;
-  Activations x;
-  load_activations<kFormat>(a, walk.slab, warp, lane, x);
+  std::conditional_t<kFew, XInShared<kFormat>, XInRegisters<kFormat>> x(a, x_memory, warp, lane);
+  x.load(a, walk.slab, warp, lane);
   if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
   uint32_t quarter = 0, set = 0;  // of the unit
 #pragma unroll 1
   while (walk.left != 0) {
     // This thread's output, if its quarter adds: at / 4 is the lane that had it, at % 4 which of the four. And what the
     // slab before left of it: left by this very thread, since quarters begin anew with each slab.
-    const uint32_t at = threadIdx.x & 127;
-    const bool adds = warp / kQuarterWarps == quarter, mine = adds && 2 * ((at >> 2) & 3) + (at & 1) < a.rows;
+    const uint32_t kept = threadIdx.x & (16 * kColumns - 1);  // of the sums that are kept, and of all 128
+    const uint32_t at = kept / (4 * kLanes) * 16 + kept % (4 * kLanes);
+    const bool waits = warp / kQuarterWarps == quarter, adds = waits && warp % kQuarterWarps < kColumns / 2;
+    const bool mine = adds && 2 * ((at >> 2) & 3) + (at & 1) < a.rows;
     float before = 0;
-    if (a.owns_rows && walk.slab > 0 && mine) before = __ldcg(a.partial + uint64_t{walk.row_tile} * 128 + at);
+    if (adds && a.owns_rows && walk.slab > 0) {
+      if (mine) before = __ldcg(a.partial + uint64_t{walk.row_tile} * 128 + at);
+    }
     float total[4] = {0, 0, 0, 0};
-    for_each_step<kFormat>([&](auto step) {
+    const auto multiply = [&](auto step) {
       constexpr uint32_t kStep = decltype(step)::value;
-      if (kStep != 0 && kStep >= a.steps) return;
+      const uint8_t* slot = ring + place.slot * a.slot.bytes;
+      multiply_step<kFormat, kFold, kForm, kStep, kMerged ? kStep : 0>(a, x, slot, warp, lane, x_sums, total);
+    };
+    if constexpr (kMerged) {
       wait_slot();
-      multiply_step<kFormat, kFold, kForm, kStep>(a, x, ring + place.slot * a.slot.bytes, warp, lane, x_sums, total);
+      // In one piece, so that the chains of both steps run side by side.
+      if (a.steps == 2) for_each<2>(multiply);
+      else for_each<1>(multiply);
       release_slot();
-    });
-    float* unit_sums = sums + set * kMatvecWarps * 128;
-    *reinterpret_cast<float4*>(unit_sums + warp * 128 + lane * 4) = make_float4(total[0], total[1], total[2], total[3]);
-    if (!adds) {
-      sums_arrive(quarter);
     } else {
-      sums_wait(quarter);
+      for_each<kSliceTiles / TileOf<kFormat>::kShareTiles>([&](auto step) {
+        constexpr uint32_t kStep = decltype(step)::value;
+        if (kStep != 0 && kStep >= a.steps) return;
+        wait_slot();
+        multiply(step);
+        release_slot();
+      });
+    }
+    float* unit_sums = sums + set * kMatvecWarps * 16 * kColumns;
+    if ((lane & 3) < kLanes) {
+      *reinterpret_cast<float4*>(unit_sums + warp * 16 * kColumns + ((lane >> 2) * kLanes + (lane & 3)) * 4) =
+          make_float4(total[0], total[1], total[2], total[3]);
+    }
+    if (waits) sums_wait(quarter);
+    else sums_arrive(quarter);
+    if (adds) {
       float sum = 0;
 #pragma unroll
-      for (uint32_t w = 0; w < kMatvecWarps; ++w) sum += unit_sums[w * 128 + at];
+      for (uint32_t w = 0; w < kMatvecWarps; ++w) sum += unit_sums[w * 16 * kColumns + kept];
       sum += before;
       if (mine && a.owns_rows && walk.slab + 1 == a.slabs) {
         write_out(a, walk.row_tile, at, sum);
@@ -633,13 +760,13 @@ __global__ void __maxnreg__(kRegisters) matvec_kernel(const __grid_constant__ Ma
       sync_warps();
       quarter = 0;
 #if __CUDA_ARCH__ >= 900
-      for (uint32_t row = 0; row < a.rows; row += kXRows) {
+      for (uint32_t row = 0; row < a.rows; row += a.x_rows) {
         wait_slot();
-        take_activations<kFormat>(a, walk.slab, shared_address(ring + place.slot * a.slot.bytes), row, warp, lane, x);
+        x.take(a, walk.slab, shared_address(ring + place.slot * a.slot.bytes), row, warp, lane);
         release_slot();
       }
 #else
-      load_activations<kFormat>(a, walk.slab, warp, lane, x);
+      x.load(a, walk.slab, warp, lane);
 #endif
       if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
     }
@@ -649,35 +776,74 @@ __global__ void __maxnreg__(kRegisters) matvec_kernel(const __grid_constant__ Ma
 
 }  // namespace matvec
 
+namespace matvec {
+
+// Launches with x where kColumns says, if that leaves the ring `fewest` slots of what `shared` bytes a block may have;
+// else `launched` is false.
+template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm, uint32_t kColumns>
+cudaError_t launch_with(MatvecArgs& args, const MatmulCall& call, uint32_t major, uint32_t shared, uint32_t fewest,
+                        bool& launched, cudaStream_t stream) {
+  constexpr uint32_t kTile = TileOf<kFormat>::kBytes;
+  constexpr bool kGrouped = kFormat == WeightFormat::int4 || kFormat == WeightFormat::int8;
+  const uint32_t share = share_tiles(kFormat, major) * (major >= 9 && merges_steps<kFormat, kColumns> ? 2 : 1);
+  const uint32_t slot_values = kMatvecWarps * share * kTile, slab_tiles = kMatvecWarps * args.steps * args.step_tiles;
+  const uint32_t groups = kGrouped ? kMatvecWarps * share * 64 >> args.group_shift : 0;
+  args.slot.scales = slot_values;
+  args.slot.zeros = args.slot.scales + groups * 32;
+  args.slot.bias = args.slot.zeros + (kForm == GroupForm::zeros ? groups * 16 : 0);
+  args.slot.bytes = args.slot.bias + (kForm == GroupForm::bias ? groups * 32 : 0);
+  args.x_rows = slot_values > 16 << 10 ? 4 : 2;
+  const uint32_t x_bytes = args.slabs > 1 ? args.x_rows * (slab_tiles * 128 + 16) : 0;
+  args.slot.bytes = (std::max(args.slot.bytes, x_bytes) + 127) / 128 * 128;
+  args.x_bytes = kColumns == kFewRows ? kMatvecWarps * args.rows * kXPitch : 0;
+  const uint32_t sets = major < 9 ? 1 : kSumSets;
+  const uint32_t fixed = sets * kSumBytes<kColumns> + kListBytes + (kForm == GroupForm::bias ? kXSumBytes : 0) +
+                         args.x_bytes;
+  launched = shared >= fixed + fewest * args.slot.bytes;
+  if (!launched) return cudaSuccess;
+  static std::atomic<uint64_t> seen{0};
+  uint32_t processors = 0;
+  cudaError_t error = multiprocessors(processors);
+  if (error == cudaSuccess) {
+    error = allow_shared(matvec_kernel<kFormat, kFold, kForm, kColumns>, fixed, seen, kColumns == kFewRows);
+  }
+  if (error != cudaSuccess) return error;
+  args.depth = std::min({kMostDepth, kMostRingBytes / slot_values, (shared - fixed) / args.slot.bytes});
+  // Divided here: a division takes a block a quarter of a microsecond, before it has asked for anything.
+  const uint32_t walked = args.owns_rows ? args.row_tiles : args.units;
+  const uint32_t blocks = std::min(walked, kColumns == kFewRows ? 2 * processors : processors);
+  args.share = walked / blocks;
+  args.longer = walked % blocks;
+  return launch_grid(matvec_kernel<kFormat, kFold, kForm, kColumns>, args, dim3(blocks), kThreads,
+                     fixed + args.depth * args.slot.bytes, call, stream);
+}
+
+}  // namespace matvec
+
 // Fills in the arguments that depend on the format and launches.
 template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm = GroupForm::symmetric>
 cudaError_t launch_matvec(MatvecArgs& args, const MatmulCall& call, cudaStream_t stream) {
   constexpr uint32_t kTile = TileOf<kFormat>::kBytes;
-  constexpr bool kGrouped = kFormat == WeightFormat::int4 || kFormat == WeightFormat::int8;
-  constexpr uint32_t kColTiles = kGrouped ? 64 : 16;
-  const uint32_t cols = call.part[0].weight.cols, tiles = kMatvecWarps * args.steps * args.step_tiles;
-  args.value_row_bytes = (cols + kColTiles - 1) / kColTiles * (kTile * kColTiles / 64);
-  const uint32_t step_groups = kGrouped ? kStepBytes / kTile * 64 >> args.group_shift : 0;
-  args.slot.scales = kStepBytes;
-  args.slot.zeros = args.slot.scales + step_groups * 32;
-  args.slot.bias = args.slot.zeros + (kForm == GroupForm::zeros ? step_groups * 16 : 0);
-  args.slot.bytes = args.slot.bias + (kForm == GroupForm::bias ? step_groups * 32 : 0);
-  args.slot.bytes = (std::max(args.slot.bytes, args.slabs > 1 ? kXRows * (tiles * 128 + 16) : 0) + 127) / 128 * 128;
-  args.clear_ring = args.step_tiles * kTile != kShareBytes || args.col_tiles != args.slabs * tiles || cols % 64 != 0;
-  static std::atomic<uint64_t> seen{0};
-  uint32_t processors = 0, most = 0, major = 0;
-  cudaError_t error = multiprocessors(processors);
-  if (error == cudaSuccess) error = shared_limit(most);
+  constexpr uint32_t kColTiles = kFormat == WeightFormat::int4 || kFormat == WeightFormat::int8 ? 64 : 16;
+  uint32_t most = 0, most_of_two = 0, major = 0;
+  cudaError_t error = shared_limit(most);
+  if (error == cudaSuccess) error = shared_limit_of_two(most_of_two);
   if (error == cudaSuccess) error = compute_major(major);
-  const uint32_t fixed = (major < 9 ? 1 : matvec::kSumSets) * matvec::kSumBytes + matvec::kListBytes +
-                         (kForm == GroupForm::bias ? matvec::kXSumBytes : 0);
-  if (error == cudaSuccess) error = allow_shared(matvec::matvec_kernel<kFormat, kFold, kForm>, fixed, seen);
   if (error != cudaSuccess) return error;
-  if (most < fixed + args.slot.bytes) return cudaErrorInvalidConfiguration;
-  args.depth = std::min(kMostDepth, (most - fixed) / args.slot.bytes);
-  return launch_grid(matvec::matvec_kernel<kFormat, kFold, kForm>, args,
-                     dim3(std::min(args.owns_rows ? args.row_tiles : args.units, processors)), matvec::kThreads,
-                     fixed + args.depth * args.slot.bytes, call, stream);
+  const uint32_t cols = call.part[0].weight.cols, slab_tiles = kMatvecWarps * args.steps * args.step_tiles;
+  args.value_row_bytes = (cols + kColTiles - 1) / kColTiles * (kTile * kColTiles / 64);
+  args.clear_ring = args.step_tiles != share_tiles(kFormat, major) || args.col_tiles != args.slabs * slab_tiles ||
+                    cols % 64 != 0;
+  bool launched = false;
+  if constexpr (kFormat == WeightFormat::int4) {
+    if (major >= 9 && args.rows <= kFewRows) {
+      error = matvec::launch_with<kFormat, kFold, kForm, kFewRows>(args, call, major, most_of_two, kFewestSlots,
+                                                                   launched, stream);
+      if (launched || error != cudaSuccess) return error;
+    }
+  }
+  error = matvec::launch_with<kFormat, kFold, kForm, 8>(args, call, major, most, 1, launched, stream);
+  return error == cudaSuccess && !launched ? cudaErrorInvalidConfiguration : error;
 }
 
 }  // namespace sluice::cuda
