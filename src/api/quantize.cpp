@@ -21,13 +21,14 @@ Result<QuantizeReport> quantize_model(const QuantizeOptions& options) {
   inner.residual = options.residual;
   inner.restart = options.restart;
   inner.threads = options.threads != 0 ? options.threads : backend::cpu::physical_cores();
-  inner.make_backend = [&options] {
+  inner.backend = options.backend;
+  inner.make_backend = [&options](const std::string& name, const LogHook& log) {
     // FP32 activations: what a matrix sees must not depend on how a backend rounds them.
     ModelOptions model;
-    // CUDA does not give its activations yet.
-    model.backend = options.backend == "auto" ? "cpu" : options.backend;
+    model.backend = name;
     model.threads = options.threads;
     model.cpu_activations = Activations::f32;
+    model.log = log;
     return api::make_backend(model);
   };
   inner.log = options.log;

@@ -123,6 +123,23 @@ struct OpTime {
 
 using EventId = uint32_t;
 
+// Calibration's linear algebra, where a device does it faster than the host: the second moments of what matrices read,
+// and their Cholesky factors. Calls come from the thread that runs passes. Matrices are FP32, row-major.
+class Calibration {
+ public:
+  virtual ~Calibration() = default;
+  // A sum of x^T x over rows x of `cols` columns, zero at first: [cols][cols], symmetric. Returns its number. Errors:
+  // out_of_memory, device.
+  virtual Result<uint32_t> create_sum(uint32_t cols) = 0;
+  // Adds the rows that a slot holds at this place of the pass. Error: device.
+  virtual Status add(uint32_t sum, Slot slot) = 0;
+  // Waits, copies the sum, and gives its memory back. Error: device.
+  virtual Status take(uint32_t sum, std::span<float> out) = 0;
+  // Replaces the lower triangle of a symmetric matrix [n][n], of which it is all that is read, by the inverse of its
+  // Cholesky factor; false, and the triangle as it was, if it is not positive definite. Errors: out_of_memory, device.
+  virtual Result<bool> invert_factor(std::span<float> matrix, uint32_t n) = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -178,6 +195,8 @@ class Backend {
   // Waits for the compute queue and copies what a slot holds at this place of the pass, FP32 [rows of the pass][width]: for
   // calibration, not for passes that someone waits for. Error: unsupported, where a backend does not give it.
   virtual Status read_slot(Slot slot, std::span<float> out);
+  // Null where the host does as well. Goes with the backend.
+  virtual Calibration* calibration() { return nullptr; }
   // Waits for the compute queue and copies the logits, FP32 [wanted rows][vocab], to `logits` (empty: none wanted).
   virtual Status finish_pass(std::span<float> logits) = 0;
   // Of the last finished pass, one for each `run`, in their order; valid until the next begin_pass. Empty where `run`

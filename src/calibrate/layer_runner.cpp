@@ -130,17 +130,6 @@ Result<LayerRunner> LayerRunner::create(backend::Backend& backend, const backend
   return self;
 }
 
-uint32_t LayerRunner::width(Slot slot) const {
-  switch (slot) {
-    case Slot::attended:
-      return shape_.heads * shape_.head_dim;
-    case Slot::gate:
-      return shape_.ffn;
-    default:
-      return shape_.hidden;
-  }
-}
-
 Status LayerRunner::run(std::span<float> states, const Tap& tap) {
   const auto tokens = static_cast<uint32_t>(states.size() / shape_.hidden);
   SLUICE_CHECK(tokens > 0 && tokens <= shape_.context && states.size() == size_t{tokens} * shape_.hidden);
@@ -155,14 +144,9 @@ Status LayerRunner::run_rows(std::span<float> states, uint32_t first, const Tap&
   const auto count = static_cast<uint32_t>(states.size() / shape_.hidden);
   std::vector<backend::Row> rows(count);
   for (uint32_t r = 0; r < count; ++r) rows[r].position = first + r;
-  std::vector<float> inputs;
   SLUICE_TRY(backend_->begin_pass(rows, states));
   for (const Step& step : steps_) {
-    if (step.op.kind == OpKind::matmul && tap) {
-      inputs.resize(size_t{count} * width(step.op.in));
-      SLUICE_TRY(backend_->read_slot(step.op.in, inputs));
-      SLUICE_TRY(tap(step.first, inputs, count));
-    }
+    if (step.op.kind == OpKind::matmul && tap) SLUICE_TRY(tap(step.first, step.op.in, count));
     SLUICE_TRY(backend_->run(step.op));
   }
   SLUICE_TRY(backend_->read_slot(Slot::residual, states));

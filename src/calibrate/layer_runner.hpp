@@ -36,9 +36,9 @@ class LayerRunner {
   static Result<LayerRunner> create(backend::Backend& backend, const backend::Shape& shape,
                                     const std::vector<EncodedTensor>& layer);
 
-  // Sees the inputs of a matrix: `first` is the role of the first matrix that has them (q, o, gate, down), rows FP32
-  // [count][its columns].
-  using Tap = std::function<Status(storage::Role first, std::span<const float> rows, uint32_t count)>;
+  // Called in front of a matrix product, `count` rows of whose inputs the backend holds in `slot`: `first` is the role
+  // of the first matrix that has them (q, o, gate, down).
+  using Tap = std::function<Status(storage::Role first, backend::Slot slot, uint32_t count)>;
 
   // states: FP32 [tokens][hidden], the layer's input of one sequence, replaced by its output. `tap` may be empty.
   Status run(std::span<float> states, const Tap& tap);
@@ -51,7 +51,6 @@ class LayerRunner {
   class Builder;
 
   LayerRunner(backend::Backend& backend, const backend::Shape& shape) : backend_(&backend), shape_(shape) {}
-  uint32_t width(backend::Slot slot) const;
   Status run_rows(std::span<float> states, uint32_t first, const Tap& tap);
 
   backend::Backend* backend_;

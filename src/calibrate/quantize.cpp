@@ -138,11 +138,20 @@ class Quantizer {
                 {"source", std::move(files)},
                 {"recipe", checksum_of_text(recipe)},
                 {"method", options_.method ? static_cast<int>(*options_.method) : -1},
+                {"backend", backend_},
                 {"tokens", storage::checksum(std::as_bytes(std::span(windows.ids)))},
                 {"residual", options_.residual ? quant::kResidualGroup : 0},
                 {"windows", windows.count},
                 {"window", windows.window},
                 {"damp", options_.damp}};
+  }
+
+  // For all layers, and what there is to say about it once.
+  Status choose_backend() {
+    SLUICE_TRY_ASSIGN(backend, options_.make_backend(options_.backend, options_.log));
+    backend_ = backend->name();
+    backend->calibration();
+    return {};
   }
 
   Result<WorkFolder> walk_layers() {
@@ -157,6 +166,7 @@ class Quantizer {
     const uint32_t window = std::min(options_.window, checkpoint_.manifest.hyper.max_context);
     SLUICE_TRY_ASSIGN(windows, read_windows(options_.calibration, checkpoint_.manifest.tokenizer, options_.windows,
                                             window, options_.log));
+    SLUICE_TRY(choose_backend());
     SLUICE_TRY_ASSIGN(what, job(windows));
     SLUICE_TRY_ASSIGN(work, WorkFolder::open(options_.output + ".work", what, options_.restart));
     report_.resumed_layers = work.layers_done();
@@ -172,6 +182,7 @@ class Quantizer {
     const LayerContext context{.checkpoint = checkpoint_,
                                .choices = choices_,
                                .options = options_,
+                               .backend = backend_,
                                .windows = windows.count,
                                .window = windows.window,
                                .advance = [this](uint64_t step, const std::string& detail) {
@@ -281,6 +292,7 @@ class Quantizer {
   std::vector<std::optional<Choice>> choices_;
   Json matrices_ = Json::array();
   Report report_;
+  std::string backend_;  // its name
   uint32_t windows_ = 0;
   uint64_t done_ = 0, total_ = 0;  // steps
 };

@@ -32,7 +32,9 @@ struct Options {
   bool residual = false;  // a second nibble for every int4 matrix
   bool restart = false;   // throws away what an interrupted run left
   uint32_t threads = 1;
-  std::function<Result<std::unique_ptr<backend::Backend>>()> make_backend;  // called once a layer
+  std::string backend = "auto";
+  // Makes one by name; called once a layer.
+  std::function<Result<std::unique_ptr<backend::Backend>>(const std::string& name, const LogHook& log)> make_backend;
   LogHook log;
   std::function<void(uint64_t done, uint64_t total, const std::string& detail)> progress;
 };

@@ -60,16 +60,16 @@ class LayerWork {
   }
 
   Status run(WorkFolder& work) {
-    SLUICE_TRY_ASSIGN(backend, context_.options.make_backend());
+    SLUICE_TRY_ASSIGN(backend, context_.options.make_backend(context_.backend, {}));
     const backend::Shape shape = layer_shape(context_.checkpoint.manifest, context_.window);
     SLUICE_TRY(backend->prepare(shape));
     SLUICE_TRY(encode_as_it_is());
     {
       SLUICE_TRY_ASSIGN(runner, LayerRunner::create(*backend, shape, as_it_is_));
-      SLUICE_TRY(measure_inputs(runner, work));
+      SLUICE_TRY(measure_inputs(*backend, runner, work));
     }
     std::vector<EncodedTensor> rounded;
-    SLUICE_TRY(round_matrices(rounded));
+    SLUICE_TRY(round_matrices(backend->calibration(), rounded));
     if (layer_ + 1 < context_.checkpoint.manifest.hyper.layers) {
       SLUICE_TRY_ASSIGN(runner, LayerRunner::create(*backend, shape, rounded));
       SLUICE_TRY(write_states(runner, work));
@@ -146,30 +146,59 @@ class LayerWork {
     return {};
   }
 
-  Status measure_inputs(LayerRunner& runner, const WorkFolder& work) {
+  // By the backend, where it can, else here.
+  Status measure_inputs(backend::Backend& backend, LayerRunner& runner, const WorkFolder& work) {
+    std::map<Role, uint32_t> cols;
     for (const size_t i : members_) {
       if (!context_.choices[i] || context_.choices[i]->method != Method::gptq) continue;
-      moments_.try_emplace(first_of_input(source(i).role), source(i).cols);
+      cols.try_emplace(first_of_input(source(i).role), source(i).cols);
     }
-    const LayerRunner::Tap tap = [&](Role first, std::span<const float> rows, uint32_t count) -> Status {
-      const auto found = moments_.find(first);
-      if (found != moments_.end()) found->second.add(rows, count, threads());
+    backend::Calibration* device = backend.calibration();
+    std::map<Role, uint32_t> sums;  // of the device
+    for (const auto& [first, width] : cols) {
+      if (device == nullptr) {
+        moments_.try_emplace(first, width);
+        continue;
+      }
+      SLUICE_TRY_ASSIGN(sum, device->create_sum(width));
+      sums[first] = sum;
+    }
+    std::vector<float> inputs;
+    const LayerRunner::Tap tap = [&](Role first, backend::Slot slot, uint32_t count) -> Status {
+      const auto found = cols.find(first);
+      if (found == cols.end()) return {};
+      if (device != nullptr) return device->add(sums.at(first), slot);
+      inputs.resize(size_t{count} * found->second);
+      SLUICE_TRY(backend.read_slot(slot, inputs));
+      moments_.at(first).add(inputs, count, threads());
       return {};
     };
     SLUICE_TRY_ASSIGN(states, work.open_states(layer_));
     std::vector<float> sequence(context_.states_floats());
     for (uint32_t w = 0; w < context_.windows; ++w) {
-      if (!moments_.empty()) {
+      if (!cols.empty()) {
         SLUICE_TRY(work.read_states(states, layer_, w * sequence.size() * sizeof(float), sequence));
         SLUICE_TRY(runner.run(sequence, tap));
       }
       say(1, "measuring inputs");
     }
+    for (const auto& [first, sum] : sums) {
+      const uint32_t width = cols.at(first);
+      std::vector<float> total(size_t{width} * width);
+      SLUICE_TRY(device->take(sum, total));
+      moments_.try_emplace(first, width, uint64_t{context_.windows} * context_.window, std::move(total));
+    }
     return {};
   }
 
   // In the order of the checkpoint; consumes the moments.
-  Status round_matrices(std::vector<EncodedTensor>& rounded) {
+  Status round_matrices(backend::Calibration* device, std::vector<EncodedTensor>& rounded) {
+    quant::InvertFactor invert = quant::invert_on_host(threads());
+    if (device != nullptr) {
+      invert = [device](std::span<float> matrix, std::span<float>, uint32_t n) {
+        return device->invert_factor(matrix, n);
+      };
+    }
     std::map<Role, quant::GptqFactor> factors;
     uint64_t left = context_.windows;  // steps
     for (size_t m = 0; m < members_.size(); ++m) {
@@ -185,9 +214,10 @@ class LayerWork {
       if (choice->method == Method::gptq && !factors.contains(first)) {
         factors.clear();  // of an input whose matrices are done
         const auto moments = moments_.extract(first);
-        SLUICE_TRY_ASSIGN(factor, quant::GptqFactor::create(std::move(moments.mapped()), context_.options.damp,
-                                                            fmt::format("{}: tensor {}", file(i).path,
-                                                                        import::in_quotes(source(i).source_name))));
+        const std::string what =
+            fmt::format("{}: tensor {}", file(i).path, import::in_quotes(source(i).source_name));
+        SLUICE_TRY_ASSIGN(factor, quant::GptqFactor::create(std::move(moments.mapped()), context_.options.damp, what,
+                                                            invert));
         factors.emplace(first, std::move(factor));
       }
       const quant::GptqFactor* factor = choice->method == Method::gptq ? &factors.at(first) : nullptr;

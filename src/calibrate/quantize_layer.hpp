@@ -22,6 +22,7 @@ struct LayerContext {
   const import::Checkpoint& checkpoint;
   const std::vector<std::optional<Choice>>& choices;  // by tensor of the checkpoint
   const Options& options;
+  std::string backend;  // its name
   uint32_t windows = 0, window = 0;
   std::function<void(uint64_t steps, const std::string& detail)> advance;  // of kLayerSteps(windows) a layer
 

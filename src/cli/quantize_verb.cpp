@@ -90,8 +90,10 @@ void add_quantize(CLI::App& app, Chosen& chosen) {
   verb->add_option("--windows", options.windows, "Windows of calibration text (default 128)");
   verb->add_option("--window", options.window, "Tokens of a window (default 2048, at most the model's context)");
   verb->add_option("--damp", options.damp, "Damping of GPTQ (default 0.01)");
-  verb->add_option("--backend", options.backend, "Where the layers run for calibration (default: cpu)")
-      ->type_name("NAME");
+  add_choice<std::string>(
+      *verb, "--backend", {{"auto", "auto"}, {"cuda", "cuda"}, {"vulkan", "vulkan"}, {"cpu", "cpu"}},
+      [&options](const std::string& name) { options.backend = name; },
+      "Where the layers run for calibration (default: auto, a GPU if there is one)");
   verb->add_option("--threads", options.threads, "Threads (default: one per core)");
   verb->add_flag("--residual", options.residual,
                  "Add a second nibble to every INT4 matrix: run --precision fine reads it, int4 does not");

@@ -26,8 +26,22 @@ using ColMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::Col
 using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr uint32_t kMomentBlock = 256;  // of the matrix of moments that a thread adds to at a time
+constexpr Index kInverseBlock = 256;    // columns of an inverse that a thread computes at a time
 constexpr Index kColumnBlock = 64;      // columns whose errors wait before they reach the columns behind the block
 constexpr uint32_t kRowSlab = 64;       // rows rounded together: a column of them stays in two cache lines per vector
+
+// work(0) to work(count - 1), by so many threads.
+template <class Work>
+void share_work(size_t count, uint32_t threads, const Work& work) {
+  std::atomic<size_t> next{0};
+  const auto take = [&] {
+    for (size_t i = next++; i < count; i = next++) work(i);
+  };
+  std::vector<std::future<void>> helpers;
+  for (uint32_t t = 1; t < threads && t < count; ++t) helpers.push_back(std::async(std::launch::async, take));
+  take();
+  for (std::future<void>& helper : helpers) helper.get();
+}
 
 // Rows of one slab in the order of rounding: [cols][rows], so that a column is contiguous.
 struct Slab {
@@ -102,6 +116,10 @@ RoundingLoss round_slab(const Slab& slab, const std::vector<Int4Grid>& grids, ui
 }  // namespace
 
 SecondMoments::SecondMoments(uint32_t cols) : cols_(cols), sum_(size_t{cols} * cols) {}
+SecondMoments::SecondMoments(uint32_t cols, uint64_t count, std::vector<float> sum)
+    : cols_(cols), count_(count), sum_(std::move(sum)) {
+  SLUICE_CHECK(sum_.size() == size_t{cols} * cols);
+}
 SecondMoments::SecondMoments(SecondMoments&&) noexcept = default;
 SecondMoments& SecondMoments::operator=(SecondMoments&&) noexcept = default;
 SecondMoments::~SecondMoments() = default;
@@ -116,18 +134,11 @@ void SecondMoments::add(std::span<const float> rows, uint32_t count, uint32_t th
   for (uint32_t i = 0; i < across; ++i) {
     for (uint32_t j = 0; j <= i; ++j) blocks.emplace_back(i * kMomentBlock, j * kMomentBlock);
   }
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    for (size_t b = next++; b < blocks.size(); b = next++) {
-      const auto [i, j] = blocks[b];
-      const Index height = std::min(kMomentBlock, cols_ - i), width = std::min(kMomentBlock, cols_ - j);
-      sum.block(i, j, height, width).noalias() += x.middleCols(i, height).transpose() * x.middleCols(j, width);
-    }
-  };
-  std::vector<std::future<void>> helpers;
-  for (uint32_t t = 1; t < threads && t < blocks.size(); ++t) helpers.push_back(std::async(std::launch::async, work));
-  work();
-  for (std::future<void>& helper : helpers) helper.get();
+  share_work(blocks.size(), threads, [&](size_t number) {
+    const auto [i, j] = blocks[number];
+    const Index height = std::min(kMomentBlock, cols_ - i), width = std::min(kMomentBlock, cols_ - j);
+    sum.block(i, j, height, width).noalias() += x.middleCols(i, height).transpose() * x.middleCols(j, width);
+  });
   count_ += count;
 }
 
@@ -135,7 +146,26 @@ GptqFactor::GptqFactor(GptqFactor&&) noexcept = default;
 GptqFactor& GptqFactor::operator=(GptqFactor&&) noexcept = default;
 GptqFactor::~GptqFactor() = default;
 
-Result<GptqFactor> GptqFactor::create(SecondMoments moments, float damp, const std::string& what) {
+// A block of columns of the inverse is zero above its first row, and does not depend on the others.
+InvertFactor invert_on_host(uint32_t threads) {
+  return [threads](std::span<float> matrix, std::span<float> spare, uint32_t n) -> Result<bool> {
+    SLUICE_CHECK(matrix.size() == size_t{n} * n && spare.size() == matrix.size());
+    Eigen::Map<RowMajor> factor(matrix.data(), n, n), inverse(spare.data(), n, n);
+    const Eigen::LLT<Eigen::Ref<RowMajor>, Eigen::Lower> llt(factor);
+    if (llt.info() != Eigen::Success) return false;
+    inverse.setIdentity();
+    share_work(ceil_div(n, kInverseBlock), threads, [&](size_t block) {
+      const Index first = static_cast<Index>(block) * kInverseBlock, rows = n - first;
+      auto columns = inverse.block(first, first, rows, std::min<Index>(kInverseBlock, rows));
+      factor.bottomRightCorner(rows, rows).triangularView<Eigen::Lower>().solveInPlace(columns);
+    });
+    std::copy(spare.begin(), spare.end(), matrix.begin());
+    return true;
+  };
+}
+
+Result<GptqFactor> GptqFactor::create(SecondMoments moments, float damp, const std::string& what,
+                                      const InvertFactor& invert) {
   const size_t cols = moments.cols_;
   GptqFactor self;
   self.diagonal_.resize(cols);
@@ -160,7 +190,6 @@ Result<GptqFactor> GptqFactor::create(SecondMoments moments, float damp, const s
   // With J the reversal of rows, J H J = L L^T gives H = R R^T with R = J L J upper triangular, so U = inverse(R) is
   // upper triangular and U^T U = inverse(H): one factorization and one triangular solve.
   self.factor_.resize(cols * cols);
-  Eigen::Map<RowMajor> reversed(self.factor_.data(), static_cast<Index>(cols), static_cast<Index>(cols));
   for (const float share : {damp, 10 * damp, 100 * damp}) {
     for (size_t i = 0; i < cols; ++i) {
       const uint32_t a = self.order_[cols - 1 - i];
@@ -168,20 +197,14 @@ Result<GptqFactor> GptqFactor::create(SecondMoments moments, float damp, const s
         const uint32_t b = self.order_[cols - 1 - j];
         float value = moments.sum_[size_t{std::max(a, b)} * cols + std::min(a, b)] * per_row;
         if (i == j) value = (value == 0 ? static_cast<float>(mean) : value) + share * static_cast<float>(mean);
-        reversed(static_cast<Index>(i), static_cast<Index>(j)) = value;
+        self.factor_[i * cols + j] = value;
       }
     }
-    const Eigen::LLT<Eigen::Ref<RowMajor>, Eigen::Lower> llt(reversed);
-    if (llt.info() != Eigen::Success) continue;
+    // A failure leaves the moments as they are.
+    SLUICE_TRY_ASSIGN(positive, invert(self.factor_, moments.sum_, static_cast<uint32_t>(cols)));
+    if (!positive) continue;
     self.damp_ = share;
-    // The inverse of L into the memory of the moments, which nobody needs any more; then turned round.
-    Eigen::Map<RowMajor> inverse(moments.sum_.data(), static_cast<Index>(cols), static_cast<Index>(cols));
-    inverse.setIdentity();
-    llt.matrixL().solveInPlace(inverse);
-    for (size_t i = 0; i < cols; ++i) {
-      for (size_t j = 0; j < cols; ++j)
-        self.factor_[i * cols + j] = moments.sum_[(cols - 1 - i) * cols + (cols - 1 - j)];
-    }
+    std::reverse(self.factor_.begin(), self.factor_.end());  // both rows and columns
     return self;
   }
   return fail(ErrorCode::numeric,

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -24,6 +25,8 @@ namespace sluice::quant {
 class SecondMoments {
  public:
   explicit SecondMoments(uint32_t cols);
+  // Of `count` rows, summed elsewhere: [cols][cols], the lower triangle counts.
+  SecondMoments(uint32_t cols, uint64_t count, std::vector<float> sum);
   SecondMoments(SecondMoments&&) noexcept;
   SecondMoments& operator=(SecondMoments&&) noexcept;
   ~SecondMoments();
@@ -40,6 +43,13 @@ class SecondMoments {
   std::vector<float> sum_;  // [cols][cols], the lower triangle (row >= column) is valid
 };
 
+// Replaces the lower triangle of a symmetric matrix [n][n], row-major and of which it is all that is read, by the inverse
+// of its Cholesky factor; false if it is not positive definite, and the triangle is lost then. `spare`: n^2
+// floats, written to only where it is.
+using InvertFactor = std::function<Result<bool>(std::span<float> matrix, std::span<float> spare, uint32_t n)>;
+// By Eigen; the result does not depend on `threads`.
+InvertFactor invert_on_host(uint32_t threads);
+
 // What rounding needs of the moments: an order of the columns, and the Cholesky factor of their inverse in that order.
 // Shared by all matrices of one input.
 class GptqFactor {
@@ -47,8 +57,9 @@ class GptqFactor {
   // Consumes the moments. `damp`: share of the mean diagonal that is added to the diagonal; where the matrix is not
   // positive definite all the same, ten and a hundred times as much are tried. Columns whose input is always zero are
   // rounded to nearest. Memory: twice cols^2 floats at the peak, once afterwards. Errors: numeric (an input that is not
-  // finite; not positive definite with a hundred times the damping). `what` begins the message.
-  static Result<GptqFactor> create(SecondMoments moments, float damp, const std::string& what);
+  // finite; not positive definite with a hundred times the damping); those of `invert`. `what` begins the message.
+  static Result<GptqFactor> create(SecondMoments moments, float damp, const std::string& what,
+                                   const InvertFactor& invert = invert_on_host(1));
   GptqFactor(GptqFactor&&) noexcept;
   GptqFactor& operator=(GptqFactor&&) noexcept;
   ~GptqFactor();

@@ -67,6 +67,7 @@ struct Source {
     options.recipe = recipe(recipe_name);
     options.windows = 32;
     options.window = 128;
+    options.backend = "cpu";
     options.threads = 2;
     return options;
   }
@@ -246,35 +247,40 @@ TEST_CASE("a residual brings divergence below a fiftieth of rounded INT4's, and 
   }
 }
 
-// Hidden: needs a Vulkan device (suite vulkan).
-TEST_CASE("calibration on Vulkan gives nearly the codes of the CPU's", "[.vulkan]") {
+// Hidden: needs a GPU (suites cuda and vulkan).
+TEST_CASE("calibration on a GPU gives nearly the codes of the CPU's", "[.gpu]") {
   for (const std::string& name : {"llama3", "qwen2"}) {
     const Source source(name);
     QuantizeOptions options = source.options("int4");
     options.calibration = {source.text("calibration.txt", 8192, 1)};
     quantized(options);
     const std::string on_cpu = options.output;
-    options.output = source.folder.file("vulkan.sluice");
-    options.backend = "vulkan";
-    if (const Result<QuantizeReport> report = quantize_model(options); !report) {
-      REQUIRE(report.error().code == ErrorCode::not_found);
-      std::printf("skipped: %s\n", report.error().message.c_str());
-      return;
-    }
-    auto cpu = storage::Container::open(on_cpu), vulkan = storage::Container::open(options.output);
-    REQUIRE((cpu && vulkan));
+    options.output = source.folder.file("gpu.sluice");
+    options.backend = backend_under_test();
+    quantized(options);
+    auto cpu = storage::Container::open(on_cpu), gpu = storage::Container::open(options.output);
+    REQUIRE((cpu && gpu));
     size_t weights = 0, others = 0;
     for (const storage::Tensor& tensor : cpu->manifest().tensors) {
       if (tensor.scheme != storage::Scheme::int4) continue;
       const std::vector<float> a = stored_weights(*cpu, tensor.role, tensor.layer);
-      const std::vector<float> b = stored_weights(*vulkan, tensor.role, tensor.layer);
+      const std::vector<float> b = stored_weights(*gpu, tensor.role, tensor.layer);
       for (size_t i = 0; i < a.size(); ++i) others += a[i] != b[i];
       weights += a.size();
     }
     std::printf("%s: %zu of %zu weights differ\n", name.c_str(), others, weights);
     REQUIRE(weights > 0);
-    // Sums in another order turn a rounding here and there; inputs of other columns or rows would turn most of them.
-    CHECK(static_cast<double>(others) < 0.02 * static_cast<double>(weights));
+    // Sums in another order turn a rounding here and there, and FP16 activations (CUDA) more of them, which error
+    // feedback carries on; inputs of other columns or rows would turn most, and cost accuracy.
+    CHECK(static_cast<double>(others) < (options.backend == "cuda" ? 0.1 : 0.02) * static_cast<double>(weights));
+    quantized(source.options("fp16"));
+    const std::vector<int32_t> tokens = random_tokens(400);
+    const std::vector<float> reference = logits_of(source.options("fp16").output, tokens);
+    const size_t vocab = reference.size() / tokens.size();
+    const double kl_cpu = mean_kl(reference, logits_of(on_cpu, tokens), vocab);
+    const double kl_gpu = mean_kl(reference, logits_of(options.output, tokens), vocab);
+    std::printf("%s: KL %.5f, quantized on the CPU %.5f\n", name.c_str(), kl_gpu, kl_cpu);
+    CHECK(kl_gpu < 1.05 * kl_cpu);
   }
 }
 

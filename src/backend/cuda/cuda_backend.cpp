@@ -11,6 +11,7 @@
 
 #include "backend/cuda/cuda_error.hpp"
 #include "base/check.hpp"
+#include "base/half.hpp"
 #include "base/units.hpp"
 #include "cuda/elementwise.hpp"
 
@@ -68,6 +69,7 @@ CudaBackend::~CudaBackend() {
       if (stream != nullptr) cudaStreamSynchronize(stream);
     }
   }
+  calibration_.reset();
   graphs_.reset();
   for (const cudaEvent_t event : events_) cudaEventDestroy(event);
   for (const std::span<std::byte> memory : registered_) cudaHostUnregister(memory.data());
@@ -385,6 +387,48 @@ Status CudaBackend::run(const Op& op) {
 Status CudaBackend::submit() {
   SLUICE_TRY(alive());
   return graphs_->flush();
+}
+
+// What a matrix product reads is X: FP16, with a scale for each row (cuda/elementwise.hpp).
+Status CudaBackend::read_slot(Slot from, std::span<float> out) {
+  const uint32_t columns = width(from);
+  SLUICE_CHECK(active_rows_ > 0 && out.size() == size_t{active_rows_} * columns);
+  SLUICE_TRY(submit());
+  const MatmulInput in = input(from);
+  if (in.x == nullptr) {
+    SLUICE_TRY(check(cudaMemcpyAsync(out.data(), slot(from), out.size_bytes(), cudaMemcpyDeviceToHost, compute_),
+                     "reading activations"));
+    return check(cudaStreamSynchronize(compute_), "reading activations");
+  }
+  std::vector<uint16_t> halves(size_t{active_rows_} * in.ldx);
+  std::vector<float> scales(active_rows_, 1.0f);
+  SLUICE_TRY(check(cudaMemcpyAsync(halves.data(), in.x, halves.size() * sizeof(uint16_t), cudaMemcpyDeviceToHost,
+                                   compute_), "reading activations"));
+  if (in.row_scale != nullptr) {
+    SLUICE_TRY(check(cudaMemcpyAsync(scales.data(), in.row_scale, scales.size() * sizeof(float), cudaMemcpyDeviceToHost,
+                                     compute_), "reading activations"));
+  }
+  SLUICE_TRY(check(cudaStreamSynchronize(compute_), "reading activations"));
+  for (uint32_t r = 0; r < active_rows_; ++r) {
+    const uint16_t* row = halves.data() + size_t{r} * in.ldx;
+    for (uint32_t i = 0; i < columns; ++i) out[size_t{r} * columns + i] = float_from_half(row[i]) * scales[r];
+  }
+  return {};
+}
+
+Calibration* CudaBackend::calibration() {
+  if (std::exchange(asked_for_calibration_, true)) return calibration_.get();
+  device_.make_current();
+  Result<std::unique_ptr<CudaCalibration>> opened = CudaCalibration::open({
+      .stream = compute_,
+      .check = [this](cudaError_t code, const char* what) { return check(code, what); },
+      .flush = [this] { return submit(); },
+      .input = [this](Slot from) { return input(from); },
+      .read_slot = [this](Slot from, std::span<float> out) { return read_slot(from, out); },
+      .rows = [this] { return active_rows_; }});
+  if (opened) calibration_ = std::move(*opened);
+  else log_warning(log_, fmt::format("cuda: {}; the CPU computes second moments and their factors", opened.error().message));
+  return calibration_.get();
 }
 
 Status CudaBackend::finish_pass(std::span<float> logits) {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "backend/backend.hpp"
+#include "backend/cuda/calibration.hpp"
 #include "backend/cuda/device.hpp"
 #include "backend/cuda/pass_clock.hpp"
 #include "backend/cuda/pass_graphs.hpp"
@@ -58,6 +59,8 @@ class CudaBackend final : public Backend {
   Status begin_pass(std::span<const Row> rows, std::span<const float> embeddings) override;
   Status run(const Op& op) override;
   Status submit() override;
+  Status read_slot(Slot slot, std::span<float> out) override;
+  Calibration* calibration() override;
   Status finish_pass(std::span<float> logits) override;
   std::span<const OpTime> op_times() const override { return clock_.times(); }
 
@@ -94,6 +97,7 @@ class CudaBackend final : public Backend {
   const float* vector(const Op& op, int index, uint32_t width) const;
   template <class T>
   T* scratch(uint64_t offset) const { return reinterpret_cast<T*>(scratch_memory_ + offset); }
+  MatmulInput input(Slot slot) const;
   float* slot(Slot slot) const { return scratch<float>(scratch_.slots[static_cast<size_t>(slot)]); }
   sluice::cuda::Stamp* stamp(size_t index) const { return scratch<sluice::cuda::Stamp>(scratch_.stamps) + index; }
   Status add(Command command, Marks marks);
@@ -150,6 +154,9 @@ class CudaBackend final : public Backend {
   bool in_pass_ = false;
   bool awaits_ = false;                 // the next operation's weights are waited for
   PassClock clock_;
+
+  bool asked_for_calibration_ = false;
+  std::unique_ptr<CudaCalibration> calibration_;
 };
 
 }  // namespace sluice::backend::cuda

@@ -85,23 +85,32 @@ cudaError_t CudaBackend::rms_norm(const Op& op, const Target& target) const {
                           .programmatic = target.programmatic}, target.stream);
 }
 
+// Of slots that a product reads; no x otherwise.
+MatmulInput CudaBackend::input(Slot from) const {
+  const uint32_t ldx = x_stride(width(from));
+  switch (from) {
+    case Slot::normed:
+      return {.x = scratch<__half>(scratch_.slots[static_cast<size_t>(from)]),
+              .row_scale = scratch<float>(scratch_.normed_scale), .cols = width(from), .ldx = ldx};
+    case Slot::attended:
+      return {.x = scratch<__half>(scratch_.slots[static_cast<size_t>(from)]), .row_scale = nullptr,
+              .cols = width(from), .ldx = ldx};
+    case Slot::gate:
+      return {.x = scratch<__half>(scratch_.gate_x), .row_scale = scratch<float>(scratch_.gate_scale),
+              .cols = width(from), .ldx = ldx};
+    default: return {};
+  }
+}
+
 // Matrices of the same input go in one call.
 cudaError_t CudaBackend::matmul(const Op& op, const Target& target) const {
   SLUICE_CHECK(op.weight_count >= 1 && op.weight_count <= kMaxWeights);
+  const MatmulInput in = input(op.in);
+  if (in.x == nullptr) return cudaErrorNotSupported;  // no such input in any architecture
   MatmulCall call;
-  switch (op.in) {
-    case Slot::normed:
-      call.x = scratch<__half>(scratch_.slots[static_cast<size_t>(Slot::normed)]);
-      call.row_scale = scratch<float>(scratch_.normed_scale);
-      break;
-    case Slot::attended: call.x = scratch<__half>(scratch_.slots[static_cast<size_t>(Slot::attended)]); break;
-    case Slot::gate:
-      call.x = scratch<__half>(scratch_.gate_x);
-      call.row_scale = scratch<float>(scratch_.gate_scale);
-      break;
-    default: return cudaErrorNotSupported;  // no such input in any architecture
-  }
-  call.ldx = x_stride(width(op.in));
+  call.x = in.x;
+  call.row_scale = in.row_scale;
+  call.ldx = in.ldx;
   call.rows = target.rows;
   call.parts = op.weight_count;
   for (int i = 0; i < op.weight_count; ++i) {
