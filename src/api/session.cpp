@@ -111,7 +111,7 @@ Status Session::State::run_rows(uint32_t count, bool all_logits, bool last_logit
 
 void Session::State::record_evidence(uint64_t token_begin) {
   if (!model.engine->recorder().collected()) return;
-  if (!evidence) evidence.emplace(track, model.info.path);
+  if (!evidence) evidence.emplace(track, model.info.path, model.info.disk_weight_bytes > 0);
   evidence->read(parts.last() - token_begin);
   track.count(trace::Counter::context, parts.last(), tokens.size());
   track.count(trace::Counter::stream_bytes, parts.last(), model.engine->weights().bytes_read());

@@ -81,22 +81,26 @@ Attribution::Attribution(std::span<const Token* const> tokens) : tokens_(tokens)
     usual_counts_[c] = usual([&](const Token& t) { return t.counters[c]; });
   usual_total_ = usual([](const Token& t) { return t.total(); });
   // By sums, not by token: the kernel adds to its totals when a task begins or ends to wait, in lumps.
-  double waited = 0, time = 0, delay = 0, work = 0, foreign = 0, streamed = 0, slowed = 0, ordinary = 0;
+  double waited = 0, delay = 0, covered = 0, time = 0, work = 0, foreign = 0, streamed = 0, slowed = 0, ordinary = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
     foreign_total_ += foreign_bytes(*tokens[i]);
     if (tokens[i]->total() > 2 * usual_total_[i]) continue;
-    waited += (*tokens[i])[Counter::psi_cpu_us] * 1e-6;
+    if (tokens[i]->covered > 0) {
+      waited += (*tokens[i])[Counter::psi_cpu_us] * 1e-6;
+      delay += (*tokens[i])[Counter::run_delay_ns] * 1e-9;
+      covered += tokens[i]->covered;
+    }
     time += tokens[i]->total();
-    delay += (*tokens[i])[Counter::run_delay_ns];
-    work += (*tokens[i])[Counter::thread_cpu_ns];
+    work += (*tokens[i])[Counter::thread_cpu_ns] * 1e-9;
     foreign += foreign_bytes(*tokens[i]);
     streamed += (*tokens[i])[Counter::stream_bytes];
     slowed += gpu_slowed(*tokens[i]) ? 1 : 0;
     ++ordinary;
   }
   gpu_slowed_ = ordinary > 0 ? slowed / ordinary : 0;
-  cpu_pressure_ = time > 0 ? std::min(1.0, waited / time) : 0;
-  delay_per_work_ = work > 0 ? delay / work : 0;
+  cpu_pressure_ = covered > 0 ? std::min(1.0, waited / covered) : 0;
+  delay_rate_ = covered > 0 ? std::min(1.0, delay / covered) : 0;
+  delay_per_work_ = work > 0 ? delay_rate_ * time / work : 0;
   stream_rate_ = time > 0 ? streamed / time : 0;
   foreign_rate_ = time > 0 ? std::max(0.0, foreign / time) : 0;
 }
@@ -108,6 +112,7 @@ struct Attribution::Sums {
   std::array<double, kParts> parts{};
   std::array<double, static_cast<size_t>(Counter::count)> counts{};
   double pressure = 0;           // seconds in which some task waited for a core, beyond what this machine usually has
+  double delay = 0;              // ... in which this thread did, beyond the usual of what is not excess
   double foreign_bytes = 0;      // read from the drive, but not by this model
   double slowed = 0;             // members in which the GPU held its clock down
   double prompts = 0;            // members that began with more than one token
@@ -128,7 +133,11 @@ Attribution::Sums Attribution::sums_of(std::span<const size_t> members) const {
     sums.total += token.total() - usual_total_[i];
     for (size_t part = 0; part < kParts; ++part) sums.parts[part] += token.seconds[part] - usual_[part][i];
     for (size_t c = 0; c < sums.counts.size(); ++c) sums.counts[c] += token.counters[c] - usual_counts_[c][i];
-    sums.pressure += token[Counter::psi_cpu_us] * 1e-6 - cpu_pressure_ * token.total();
+    if (token.covered > 0) {
+      sums.pressure += token[Counter::psi_cpu_us] * 1e-6 - cpu_pressure_ * token.covered;
+      const double usual = token.covered - (token.total() - usual_total_[i]);
+      sums.delay += token[Counter::run_delay_ns] * 1e-9 - delay_rate_ * std::max(0.0, usual);
+    }
     for (size_t k = i - std::min(i, kForeignBefore); k < std::min(tokens_.size(), i + kForeignBehind + 1); ++k)
       sums.foreign_bytes += foreign_bytes(*tokens_[k]) - foreign_rate_ * tokens_[k]->total();
     if (gpu_slowed(token)) ++sums.slowed;
@@ -154,7 +163,7 @@ Finding Attribution::explain(std::span<const size_t> members) const {
 
   // Of the excess: what the thread computed, and what it was held up for beyond what so much work usually is.
   const double ran = sums[Counter::thread_cpu_ns] * 1e-9 / sums.total;
-  const double delayed = sums[Counter::run_delay_ns] * 1e-9 / sums.total - delay_per_work_ * std::max(0.0, ran);
+  const double delayed = sums.delay / sums.total - delay_per_work_ * std::max(0.0, ran);
   const double callback = sums.share({Part::callback});
   if (callback >= kMostOfIt && delayed < kHalfOfIt)
     return name(Cause::consumer, percent(callback) + " of the excess is the callback");

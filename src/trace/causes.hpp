@@ -64,7 +64,8 @@ class Attribution {
   double foreign_total_ = 0;    // bytes that others read from the drive
   double foreign_rate_ = 0;     // ... a second, on ordinary tokens
   double stream_rate_ = 0;      // bytes a second that this model streams, on ordinary tokens
-  double delay_per_work_ = 0;   // how long the thread is held up for a second of its work, on ordinary tokens
+  double delay_rate_ = 0;       // share of ordinary time in which the thread waited for a core
+  double delay_per_work_ = 0;   // ... and how long for a second of its work
   double cpu_pressure_ = 0;                         // share of ordinary time in which some task waited for a core
   double gpu_slowed_ = 0;                           // share of ordinary tokens in which the GPU held its clock down
 };

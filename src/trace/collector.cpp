@@ -19,8 +19,8 @@ using std::chrono::milliseconds;
 // was a quarter full, and doubles it where none was a sixteenth. SmolLM2 on two cores writes 60,000 records a second.
 constexpr milliseconds kShortest{5}, kFirst{10}, kLongest{100};
 constexpr double kFull = 1.0 / 4, kEmpty = 1.0 / 16;
-constexpr milliseconds kReading{100};     // of the machine
-constexpr uint64_t kReadingsPerDrive = 10;
+constexpr milliseconds kReading{200};     // of the machine
+constexpr uint64_t kReadingsPerDrive = 5;
 
 }  // namespace
 
@@ -54,8 +54,8 @@ void Collector::join() {
 }
 
 void Collector::run() {
-  // Behind everything that computes: this thread may be late by as long as a ring lasts.
-  (void)::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), 5);
+  // Behind everything that computes, in its pauses: this thread may be late by as long as a ring lasts.
+  (void)::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), 19);
   milliseconds interval = kFirst;
   Clock::time_point read_at;   // the machine, last
   for (;;) {

@@ -54,8 +54,9 @@ bool number_at(std::string_view text, size_t index, uint64_t& value) {
 
 // ---------------------------------------------------------------------------------------------------------- a token
 
-TokenEvidence::TokenEvidence(Track& track, const std::string& weights)
+TokenEvidence::TokenEvidence(Track& track, const std::string& weights, bool streams)
     : track_(track),
+      streams_(streams),
       memory_("/proc/self/statm"),
       cpu_pressure_("/proc/pressure/cpu"),
       io_pressure_("/proc/pressure/io"),
@@ -67,42 +68,52 @@ TokenEvidence::TokenEvidence(Track& track, const std::string& weights)
   }
 }
 
-bool TokenEvidence::tells(uint64_t token_ticks) {
-  constexpr double kSlow = 1.25, kPace = 1.0 / 16;
-  constexpr uint32_t kMostTokens = 16;
+bool TokenEvidence::wants_files(uint64_t token_ticks, uint64_t at) {
+  constexpr double kSlow = 1.25, kPace = 1.0 / 16, kPauses = 1024;
   const auto taken = static_cast<double>(token_ticks);
-  const bool tells = taken > kSlow * usual_ticks_ || ++since_all_ >= kMostTokens;
-  if (tells) since_all_ = 0;
+  const bool slow = taken > kSlow * usual_ticks_;
   // A slow token moves what is usual by no more than one that is twice as slow.
   usual_ticks_ = usual_ticks_ > 0 ? usual_ticks_ + kPace * (std::min(taken, 2 * usual_ticks_) - usual_ticks_) : taken;
-  return tells;
+  return slow || static_cast<double>(at - files_read_at_) >= kPauses * file_ticks_;
 }
 
 void TokenEvidence::read(uint64_t token_ticks) {
   const uint64_t at = ticks();
   read_usage(at);
+  if (streams_) read_drive(at);
+  if (!wants_files(token_ticks, at)) return;
+  constexpr double kPace = 1.0 / 16;
+  const uint64_t begin = ticks();
+  read_files(at);
+  const auto taken = static_cast<double>(ticks() - begin);
+  file_ticks_ = file_ticks_ > 0 ? file_ticks_ + kPace * (taken - file_ticks_) : taken;
+  files_read_at_ = at;
+}
+
+void TokenEvidence::read_files(uint64_t at) {
   const auto self = static_cast<pid_t>(::syscall(SYS_gettid));
   if (self != thread_) {
     thread_ = self;
     schedule_ = StatFile("/proc/thread-self/schedstat");
   }
   uint64_t value = 0;
-  const std::string_view schedule = schedule_.read();
-  if (number_at(schedule, 0, value)) track_.count(Counter::thread_cpu_ns, at, value);
-  if (number_at(schedule, 1, value)) track_.count(Counter::run_delay_ns, at, value);
+  if (number_at(schedule_.read(), 1, value)) track_.count(Counter::run_delay_ns, at, value);
+  if (number_at(memory_.read(), 1, value)) track_.count(Counter::resident_bytes, at, value * 4096);
   read_pressure(at, cpu_pressure_, Counter::psi_cpu_us);
-  if (tells(token_ticks)) {
-    if (number_at(memory_.read(), 1, value)) track_.count(Counter::resident_bytes, at, value * 4096);
-    read_pressure(at, io_pressure_, Counter::psi_io_us);
-    read_pressure(at, memory_pressure_, Counter::psi_memory_us);
-  }
-  // Documentation/block/stat.rst of Linux: reads, merged, sectors, ms, writes, merged, sectors, ms.
+  read_pressure(at, io_pressure_, Counter::psi_io_us);
+  read_pressure(at, memory_pressure_, Counter::psi_memory_us);
+  if (!streams_) read_drive(at);
+}
+
+// Documentation/block/stat.rst of Linux: reads, merged, sectors, ms, writes, merged, sectors, ms.
+void TokenEvidence::read_drive(uint64_t at) {
   const std::string_view drive = drive_.read();
   constexpr struct {
     size_t word;
     Counter counter;
   } kDriveWords[] = {{0, Counter::disk_reads}, {2, Counter::disk_read_sectors}, {3, Counter::disk_read_ms},
                      {4, Counter::disk_writes}, {7, Counter::disk_write_ms}};
+  uint64_t value = 0;
   for (const auto& [word, counter] : kDriveWords) {
     if (number_at(drive, word, value)) track_.count(counter, at, value);
   }
@@ -120,6 +131,7 @@ void TokenEvidence::read_usage(uint64_t at) {
   track_.count(Counter::voluntary_switches, at, static_cast<uint64_t>(thread.ru_nvcsw));
   track_.count(Counter::forced_switches, at, static_cast<uint64_t>(thread.ru_nivcsw));
   track_.count(Counter::process_cpu_ns, at, nanoseconds(process.ru_utime) + nanoseconds(process.ru_stime));
+  track_.count(Counter::thread_cpu_ns, at, nanoseconds(thread.ru_utime) + nanoseconds(thread.ru_stime));
 }
 
 // "some avg10=0.00 avg60=0.00 avg300=0.00 total=12345" (Documentation/accounting/psi.rst of Linux).

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Counters of the operating system, read beside the spans: why a wait was long.
 //
-// Sources that take about a microsecond are read once a token, by the thread that decodes; those that take more, ten
-// times a second by the collector. Files of /proc and /sys are opened once. One that is missing (a kernel without PSI,
+// What the process and the thread used is asked for once a token, by the thread that decodes; files, each 3 to 8 us where
+// caches are cold, after slow tokens and otherwise so seldom that they take a thousandth of the time; those that take
+// more, a few times a second by the collector. Files of /proc and /sys are opened once. One that is missing (a kernel without PSI,
 // a container that hides it) leaves its counter out.
 #pragma once
 
@@ -41,22 +42,25 @@ bool number_at(std::string_view text, size_t index, uint64_t& value);
 
 class TokenEvidence {
  public:
-  // `weights`: the container, whose drive is watched.
-  TokenEvidence(Track& track, const std::string& weights);
+  // `weights`: the container, whose drive is watched; `streams`: from it in every pass, so that its counters are read
+  // after every token.
+  TokenEvidence(Track& track, const std::string& weights, bool streams);
 
-  // Reads everything once, after a token that took `token_ticks`. The thread that decodes; it may change between calls.
-  // Pressure on memory and drive and the resident memory take half of the time and explain slow tokens alone: they are
-  // read after those, and after every 16th.
+  // After a token that took `token_ticks`. The thread that decodes; it may change between calls.
   void read(uint64_t token_ticks);
 
  private:
-  bool tells(uint64_t token_ticks);
+  bool wants_files(uint64_t token_ticks, uint64_t at);
   void read_usage(uint64_t at);
+  void read_files(uint64_t at);
+  void read_drive(uint64_t at);
   void read_pressure(uint64_t at, StatFile& file, Counter counter);
 
   Track& track_;
+  const bool streams_;
   double usual_ticks_ = 0;       // of a token
-  uint32_t since_all_ = 0;       // tokens since everything was read
+  double file_ticks_ = 0;        // of reading the files
+  uint64_t files_read_at_ = 0;
   pid_t thread_ = 0;
   StatFile schedule_;            // of thread_
   StatFile memory_;

@@ -105,11 +105,17 @@ class Joiner {
     std::array<double, static_cast<size_t>(Counter::count)> before{};
     std::array<bool, static_cast<size_t>(Counter::count)> known{};
     bool first = true;
+    uint64_t files_read_at = 0;
     for (const Record& record : trace_.tracks[number].records) {
       if (record.kind == Kind::counter && record.layer < static_cast<uint16_t>(Counter::count)) {
         const size_t which = record.layer;
+        const auto counter = static_cast<Counter>(which);
+        if ((counter == Counter::run_delay_ns || counter == Counter::psi_cpu_us) && record.begin != files_read_at) {
+          token.covered = files_read_at != 0 ? seconds(record.begin - files_read_at) : 0;
+          files_read_at = record.begin;
+        }
         const auto value = static_cast<double>(record.value);
-        if (is_reading(static_cast<Counter>(which))) token.counters[which] = value;
+        if (is_reading(counter)) token.counters[which] = value;
         else if (known[which]) token.counters[which] = value - before[which];
         before[which] = value;
         known[which] = tokens_.counted[which] = true;
@@ -163,7 +169,7 @@ class Joiner {
     token.seconds[static_cast<size_t>(Part::gap)] = std::max(0.0, token.total() - in_passes - outside);
   }
 
-  // Readings of the machine come ten times a second: each token gets the growth between those around its end, or where
+  // Readings of the machine come a few times a second: each token gets the growth between those around its end, or where
   // the counter does not grow, the later one.
   void machine() {
     for (const TraceTrack& track : trace_.tracks) {

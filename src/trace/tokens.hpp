@@ -32,9 +32,10 @@ struct Token {
   uint32_t session = 0;                  // number of its track
   uint32_t prompt_tokens = 0;            // that its passes read; 1 when decoding
   uint64_t context = 0;                  // tokens of the sequence, itself included
-  // Growth of each counter from the token before of the same session to this one; readings (see record.hpp) as they
-  // are.
+  // Growth of each counter since it was last read for a token of the same session, 0 where it was not read for this one;
+  // readings (see record.hpp) as they are.
   std::array<double, static_cast<size_t>(Counter::count)> counters{};
+  double covered = 0;                    // seconds in which run_delay_ns and psi_cpu_us grew; 0: not read for this one
   bool decoded = false;                  // one row after another generated token: what ITL is about
 
   double total() const { return end - begin; }

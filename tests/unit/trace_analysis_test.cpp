@@ -64,6 +64,7 @@ struct Run {
       token.begin = at;
       for (const double seconds : token.seconds) at += seconds;
       token.end = at;
+      token.covered = token.total();
     }
     for (const Token& token : tokens) borrowed.push_back(&token);
   }
@@ -186,6 +187,17 @@ TEST_CASE("each rule names its cause from the part and the counter that it needs
     set(t, Counter::thread_cpu_ns, 19e6);
   }) == Cause::compute);
   CHECK(cause(Part::attention, [](Token& t) { set(t, Counter::minor_faults, 40000); }) == Cause::allocation);
+}
+
+TEST_CASE("a counter that was read for the first time in ten tokens is held against ten tokens") {
+  Run run(Part::matmul, 30, [](Token& t) { set(t, Counter::run_delay_ns, 25e6); });
+  for (const size_t i : run.members) {
+    run.tokens[i].covered += 0.100;
+    set(run.tokens[i], Counter::run_delay_ns, 75e6);   // of which ten ordinary tokens have 50
+  }
+  CHECK(run.explained().cause == Cause::scheduling);
+  for (const size_t i : run.members) set(run.tokens[i], Counter::run_delay_ns, 55e6);
+  CHECK(run.explained().cause == Cause::compute);
 }
 
 TEST_CASE("what no rule covers is unknown, and so is a mixture without a main part") {

@@ -33,7 +33,7 @@ int main(int argc, char**) {
   });
   Chain chain(track);
   const double chained = best_of(200, 20000, [&] { chain.span(Kind::matmul, 3); });
-  TokenEvidence evidence(track, "/");
+  TokenEvidence evidence(track, "/", false);
   const double token = best_of(50, 200, [&] { evidence.read(1000); });
   std::printf("stamp %.1f ns, span with two stamps %.1f ns, span of a chain %.1f ns, evidence of a token %.1f us\n",
               stamp, span, chained, token / 1000);

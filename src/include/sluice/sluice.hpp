@@ -250,6 +250,7 @@ class SLUICE_API Session {
   Status save(const std::string& path) const;   // tokens and KV cache, bound to this model's uuid
   Status restore(const std::string& path);   // replaces the sequence; errors: not_found, io, corrupt, usage (other model)
 
+  // The first call behind a token measures the memory's rate for the prediction, 10 ms, where the options gave none.
   const Timings& timings() const;
 
  private:
@@ -288,7 +289,7 @@ struct QuantizeOptions {
   float damp = 0.01f;
   bool residual = false;                 // a second nibble for every INT4 matrix: precision near INT8 in the same file
   bool restart = false;                  // throw away the layers that an interrupted run left in OUTPUT.work
-  std::string backend = "auto";
+  std::string backend = "auto";          // where the layers run for calibration: as of ModelOptions
   uint32_t threads = 0;                  // 0: one per core
   LogHook log;
   std::function<void(uint64_t done, uint64_t total, const std::string& detail)> progress;
