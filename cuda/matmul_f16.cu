@@ -5,7 +5,7 @@
 // A warp makes one row of W x eight rows of x at a time, lanes along K, then a fixed tree of shuffles.
 // Geometry: ceil(N/4) blocks of 128 threads. Bytes moved: W ceil(M/8) times.
 #include "cuda/matmul.cuh"
-#include "cuda/matvec.cuh"
+#include "cuda/matvec_launch.cuh"
 
 namespace sluice::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // INT8 weights, as an lm_head has them. The kernels and their tables are in matvec.cuh and matmul.cuh; a byte's place
 // in docs/container.md.
 #include "cuda/matmul.cuh"
-#include "cuda/matvec.cuh"
+#include "cuda/matvec_launch.cuh"
 
 namespace sluice::cuda {
 

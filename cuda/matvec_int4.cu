@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // INT4 weights, 1 to 8 rows of activations. The kernel, its schedule and its table are in matvec.cuh; the nibbles'
 // places are drawn in docs/container.md.
-#include "cuda/matvec.cuh"
+#include "cuda/matvec_launch.cuh"
 
 namespace sluice::cuda {
 
