@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <optional>
 #include <utility>
 
 #include "base/check.hpp"
@@ -140,14 +139,14 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
 
   uint16_t layer = trace::Record::kNoLayer;
   uint64_t layer_begin = 0;
-  std::optional<trace::NvtxRange> layer_range;
+  trace::NvtxRange layer_range;
   for (const Step& step : program_) {
     if (layer_of(step) != layer) {
-      layer_range.reset();
+      layer_range.end();
       if (layer != trace::Record::kNoLayer) track_.record(trace::Kind::layer, layer_begin, chain.last(), layer);
       layer = layer_of(step);
       layer_begin = chain.last();
-      if (layer != trace::Record::kNoLayer) layer_range.emplace(trace::Kind::layer, layer);
+      if (layer != trace::Record::kNoLayer) layer_range.begin(trace::Kind::layer, layer);
     }
     if (Status status = run_step(step, wanted > 0, chain, spent); !status) {
       dead_ = status.error();  // the stream stands in the middle of a pass

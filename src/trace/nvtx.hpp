@@ -13,20 +13,27 @@ bool nvtx_attached();
 // its payload. Ranges of a thread nest. With no tool attached, and in a build without CUDA's headers: a flag is looked at.
 class NvtxRange {
  public:
-  explicit NvtxRange(Kind kind, uint16_t layer = Record::kNoLayer) : open_(nvtx_attached()) {
-    if (open_) push(kind, layer);
-  }
+  NvtxRange() = default;   // none yet
+  explicit NvtxRange(Kind kind, uint16_t layer = Record::kNoLayer) { begin(kind, layer); }
   NvtxRange(const NvtxRange&) = delete;
   NvtxRange& operator=(const NvtxRange&) = delete;
-  ~NvtxRange() {
+  ~NvtxRange() { end(); }
+
+  // Where none is open.
+  void begin(Kind kind, uint16_t layer = Record::kNoLayer) {
+    open_ = nvtx_attached();
+    if (open_) push(kind, layer);
+  }
+  void end() {
     if (open_) pop();
+    open_ = false;
   }
 
  private:
   static void push(Kind kind, uint16_t layer);
   static void pop();
 
-  const bool open_;
+  bool open_ = false;
 };
 
 }  // namespace sluice::trace
