@@ -15,9 +15,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-// Waking costs a core its caches, so that this thread sleeps as long as the rings allow: it halves its interval where one
-// was a quarter full, and doubles it where none was a sixteenth. SmolLM2 on two cores writes 60,000 records a second.
-constexpr milliseconds kShortest{5}, kFirst{10}, kLongest{100};
+// Waking costs a core its caches, so that this thread sleeps as long as the rings allow: from kLongest on, it halves its
+// interval where one was a quarter full, and doubles it where none was a sixteenth. SmolLM2 on two cores writes 60,000
+// records a second.
+constexpr milliseconds kShortest{5}, kLongest{100};
 constexpr double kFull = 1.0 / 4, kEmpty = 1.0 / 16;
 constexpr milliseconds kReading{200};     // of the machine
 constexpr uint64_t kReadingsPerDrive = 5;
@@ -36,6 +37,7 @@ Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const st
   self->machine_ = std::make_unique<MachineEvidence>(recorder.machine_track());
   if (watched.gpu) self->gpu_ = GpuEvidence::open(recorder.machine_track());
   if (!watched.weights.empty()) self->drive_ = DriveEvidence::open(recorder.machine_track(), watched.weights);
+  self->read_machine();   // what later readings are compared with
   recorder.set_collected(true);
   self->thread_ = std::thread([raw = self.get()] { raw->run(); });
   return self;
@@ -56,8 +58,8 @@ void Collector::join() {
 void Collector::run() {
   // Behind everything that computes, in its pauses: this thread may be late by as long as a ring lasts.
   (void)::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), 19);
-  milliseconds interval = kFirst;
-  Clock::time_point read_at;   // the machine, last
+  milliseconds interval = kLongest;
+  Clock::time_point read_at = Clock::now();   // the machine, last
   for (;;) {
     {
       std::unique_lock lock(mutex_);

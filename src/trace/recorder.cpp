@@ -89,17 +89,17 @@ uint64_t Track::read(uint64_t from, std::vector<Record>& out, uint64_t& dropped)
   const uint64_t head = head_.load(std::memory_order_acquire);
   uint64_t first = std::max(from, head > capacity ? head - capacity : 0);
   const size_t kept = out.size();
-  for (uint64_t at = first; at < head; ++at) {
+  out.resize(kept + (head - first));
+  Record* record = out.data() + kept;
+  for (uint64_t at = first; at < head; ++at, ++record) {
     uint64_t* const cell = cell_of(at);
-    Record record;
-    record.begin = load(cell[0]);
-    record.end = load(cell[1]);
-    record.value = load(cell[2]);
+    record->begin = load(cell[0]);
+    record->end = load(cell[1]);
+    record->value = load(cell[2]);
     const uint64_t rest = load(cell[3]);
-    record.bytes = static_cast<uint32_t>(rest);
-    record.layer = static_cast<uint16_t>(rest >> 32);
-    record.kind = static_cast<Kind>(rest >> 48);
-    out.push_back(record);
+    record->bytes = static_cast<uint32_t>(rest);
+    record->layer = static_cast<uint16_t>(rest >> 32);
+    record->kind = static_cast<Kind>(rest >> 48);
   }
   // If a load above saw a word of record n + capacity in the place of record n, then the writer had stored n + capacity
   // to head before its fence, and the load of head behind this fence sees that or more. So everything that may have

@@ -12,6 +12,8 @@
 #include <utility>
 
 #include <fmt/format.h>
+// Its states lie on the stack then.
+#define XXH_STATIC_LINKING_ONLY
 #include <xxhash.h>
 
 namespace sluice::trace {
@@ -47,9 +49,15 @@ static_assert(sizeof(FileHeader) == kHeaderBytes);
 
 uint64_t sum_of(const FileHeader& header) { return XXH3_64bits(&header, offsetof(FileHeader, sum)); }
 
-uint64_t sum_of(uint32_t tag, std::span<const std::byte> payload) {
-  const uint64_t seed = uint64_t{tag} | static_cast<uint64_t>(payload.size()) << 32;
-  return XXH3_64bits_withSeed(payload.data(), payload.size(), seed);
+// Of a payload in two parts, the first of any size.
+uint64_t sum_of(uint32_t tag, std::span<const std::byte> payload, std::span<const std::byte> rest = {}) {
+  const uint64_t seed = uint64_t{tag} | static_cast<uint64_t>(payload.size() + rest.size()) << 32;
+  if (rest.empty()) return XXH3_64bits_withSeed(payload.data(), payload.size(), seed);
+  XXH3_state_t state;
+  XXH3_64bits_reset_withSeed(&state, seed);
+  XXH3_64bits_update(&state, payload.data(), payload.size());
+  XXH3_64bits_update(&state, rest.data(), rest.size());
+  return XXH3_64bits_digest(&state);
 }
 
 template <class T>
@@ -120,14 +128,16 @@ Status TraceFileWriter::write(std::span<const std::byte> bytes) {
   return {};
 }
 
-Status TraceFileWriter::write_chunk(uint32_t tag) {
+Status TraceFileWriter::write_chunk(uint32_t tag, std::span<const std::byte> rest) {
   struct {
     uint32_t tag, bytes;
     uint64_t sum;
-  } header = {tag, static_cast<uint32_t>(payload_.size()), sum_of(tag, payload_)};
+  } header = {tag, static_cast<uint32_t>(payload_.size() + rest.size()), sum_of(tag, payload_, rest)};
   static_assert(sizeof header == kChunkHeaderBytes);
-  Status status = write(std::as_bytes(std::span(&header, 1)));
-  if (status) status = write(payload_);
+  const auto head = std::as_bytes(std::span(&header, 1));
+  payload_.insert(payload_.begin(), head.begin(), head.end());
+  Status status = write(payload_);
+  if (status) status = write(rest);
   payload_.clear();
   return status;
 }
@@ -145,9 +155,7 @@ Status TraceFileWriter::add_records(uint32_t track, std::span<const Record> reco
   append(payload_, track);
   append(payload_, static_cast<uint32_t>(records.size()));
   append(payload_, dropped);
-  const auto bytes = std::as_bytes(records);
-  payload_.insert(payload_.end(), bytes.begin(), bytes.end());
-  return write_chunk(kRecords);
+  return write_chunk(kRecords, std::as_bytes(records));
 }
 
 Status TraceFileWriter::add_clock(const ClockPair& pair) {

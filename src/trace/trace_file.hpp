@@ -50,7 +50,8 @@ class TraceFileWriter {
  private:
   TraceFileWriter(std::string path, UniqueFd fd) : path_(std::move(path)), fd_(std::move(fd)) {}
   Status write(std::span<const std::byte> bytes);
-  Status write_chunk(uint32_t tag);   // of payload_, which it empties
+  // Of payload_, which it empties, and `rest` behind it.
+  Status write_chunk(uint32_t tag, std::span<const std::byte> rest = {});
 
   std::string path_;
   UniqueFd fd_;
