@@ -139,6 +139,7 @@ class Quantizer {
                 {"recipe", checksum_of_text(recipe)},
                 {"method", options_.method ? static_cast<int>(*options_.method) : -1},
                 {"backend", backend_},
+                {"device_moments", device_moments_},
                 {"tokens", storage::checksum(std::as_bytes(std::span(windows.ids)))},
                 {"residual", options_.residual ? quant::kResidualGroup : 0},
                 {"windows", windows.count},
@@ -150,7 +151,7 @@ class Quantizer {
   Status choose_backend() {
     SLUICE_TRY_ASSIGN(backend, options_.make_backend(options_.backend, options_.log));
     backend_ = backend->name();
-    backend->calibration();
+    device_moments_ = backend->calibration() != nullptr;
     return {};
   }
 
@@ -293,6 +294,7 @@ class Quantizer {
   Json matrices_ = Json::array();
   Report report_;
   std::string backend_;  // its name
+  bool device_moments_ = false;  // summed and factored there, not on the host
   uint32_t windows_ = 0;
   uint64_t done_ = 0, total_ = 0;  // steps
 };
