@@ -24,6 +24,14 @@ std::string recipe(const std::string& name) {
   return std::string(std::getenv("SLUICE_RECIPES")) + "/" + name + ".toml";
 }
 
+// At least so many bytes of characters of one and two bytes. A model of width 128 whose text has fewer kinds of tokens
+// than that (ASCII has 95) sees its first inputs in a subspace, outside of which GPTQ moves weights as it likes.
+std::string random_text(size_t bytes, std::mt19937& random) {
+  std::string out;
+  while (out.size() < bytes) model::append_utf8(out, static_cast<char32_t>(32 + random() % (0x800 - 32)));
+  return out;
+}
+
 // A golden model's folder with a tokenizer of one token a byte.
 struct Source {
   TempFolder folder;
@@ -54,9 +62,7 @@ struct Source {
 
   std::string text(const std::string& name, size_t bytes, uint32_t seed) const {
     std::mt19937 random(seed);
-    std::string out;
-    for (size_t i = 0; i < bytes; ++i) out += static_cast<char>(32 + random() % 95);
-    std::ofstream(folder.file(name)) << out;
+    std::ofstream(folder.file(name)) << random_text(bytes, random);
     return folder.file(name);
   }
 
@@ -109,13 +115,18 @@ std::vector<float> logits_of(const std::string& path, const std::vector<int32_t>
   return score_all(model, tokens);
 }
 
+// Of text like the calibration's.
+std::vector<int32_t> tokens_of_text(size_t count, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<int32_t> tokens;
+  for (const char byte : random_text(count, random).substr(0, count)) tokens.push_back(static_cast<uint8_t>(byte));
+  return tokens;
+}
+
 std::vector<int32_t> random_tokens(size_t count) {
   const uint32_t seed = std::random_device{}();
   std::printf("seed %u\n", seed);
-  std::mt19937 random(seed);
-  std::vector<int32_t> tokens;
-  for (size_t i = 0; i < count; ++i) tokens.push_back(static_cast<int32_t>(32 + random() % 95));
-  return tokens;
+  return tokens_of_text(count, seed);
 }
 
 uint64_t smallest_budget(const std::string& path, Precision precision = Precision::int4) {
@@ -144,9 +155,7 @@ TEST_CASE("on golden shapes GPTQ has less than 0.9 of the divergence of rounding
   for (const std::string name : {"llama3", "qwen2", "qwen3", "mistral"}) {
     const Source source(name);
     const std::string calibration = source.text("calibration.txt", 8192, 1);
-    std::vector<int32_t> tokens;
-    std::mt19937 random(2);
-    for (int i = 0; i < 400; ++i) tokens.push_back(static_cast<int32_t>(32 + random() % 95));
+    const std::vector<int32_t> tokens = tokens_of_text(400, 2);
     quantized(source.options("fp16"));
     const std::vector<float> reference = logits_of(source.options("fp16").output, tokens);
     const size_t vocab = reference.size() / tokens.size();
@@ -207,42 +216,66 @@ TEST_CASE("the result does not depend on the number of threads, and JSON lines a
   }
 }
 
-TEST_CASE("a residual brings divergence below a fiftieth of rounded INT4's, and INT4 alone is as without it") {
+// The second nibble is of the layers' matrices, so they are measured with the rest exact: INT8 of the embedding and the
+// output matrix alone diverges by 9e-5 here, a fifth of what is left with it.
+TEST_CASE("a residual brings divergence below a fiftieth of INT4's, and INT4 alone is as without it") {
   const Source source("llama3");
-  const std::vector<int32_t> tokens = random_tokens(300);
   quantized(source.options("fp16"));
-  const std::vector<float> reference = logits_of(source.options("fp16").output, tokens);
-  double of_rounding = 0;
+  std::vector<std::vector<int32_t>> texts;
+  std::vector<std::vector<float>> references;
+  for (int i = 0; i < 6; ++i) {   // of one, the ratios below vary by a seventh
+    texts.push_back(random_tokens(400));
+    references.push_back(logits_of(source.options("fp16").output, texts.back()));
+  }
+  const std::string layers_alone = source.folder.file("layers.toml");
+  std::ofstream(layers_alone) << R"(
+[[rule]]
+tensors = ["model.embed_tokens.weight", "lm_head.weight"]
+scheme = "f16"
+
+[[rule]]
+tensors = "*"
+scheme = "int4"
+method = "gptq"
+)";
   for (const QuantizeMethod method : {QuantizeMethod::rtn, QuantizeMethod::gptq}) {
-    QuantizeOptions options = source.options("int4");
-    options.method = method;
-    options.calibration = {source.text("calibration.txt", 8192, 1)};
-    const std::string plain = source.folder.file("plain.sluice"), both = source.folder.file("both.sluice");
-    options.output = plain;
-    quantized(options);
-    options.output = both;
-    options.residual = true;
-    quantized(options);
-    REQUIRE(verify_file(both));
+    for (const std::string& recipe_path : {recipe("int4"), layers_alone}) {
+      QuantizeOptions options = source.options("int4");
+      options.recipe = recipe_path;
+      options.method = method;
+      options.calibration = {source.text("calibration.txt", 8192, 1)};
+      const std::string plain = source.folder.file("plain.sluice"), both = source.folder.file("both.sluice");
+      options.output = plain;
+      quantized(options);
+      options.output = both;
+      options.residual = true;
+      quantized(options);
+      REQUIRE(verify_file(both));
 
-    const std::vector<float> int4 = logits_of(both, tokens);
-    CHECK(int4 == logits_of(plain, tokens));
-    const std::vector<float> fine = logits_of(both, tokens, Precision::fine);
-    const double base = mean_kl(reference, int4, 512), finer = mean_kl(reference, fine, 512);
-    std::printf("KL %.3e with INT4, %.3e with the residual (1/%.0f)\n", base, finer, base / finer);
-    if (method == QuantizeMethod::rtn) of_rounding = base;
-    // GPTQ's base is three times better and leaves more to the second nibble: on these shapes, whose inputs are all
-    // about as important, 1/43 to 1/45 of its own base was seen (SmolLM2: 1/56).
-    CHECK(finer <= of_rounding / 50);
-    CHECK(finer <= base / (method == QuantizeMethod::rtn ? 50 : 30));
+      double base = 0, finer = 0;
+      for (size_t i = 0; i < texts.size(); ++i) {
+        const std::vector<float> int4 = logits_of(both, texts[i]);
+        CHECK(int4 == logits_of(plain, texts[i]));
+        base += mean_kl(references[i], int4, 512);
+        finer += mean_kl(references[i], logits_of(both, texts[i], Precision::fine), 512);
+      }
+      base /= static_cast<double>(texts.size());
+      finer /= static_cast<double>(texts.size());
+      std::printf("%s, embedding %s: KL %.3e with INT4, %.3e with the residual (1/%.0f)\n",
+                  method == QuantizeMethod::rtn ? "rtn" : "gptq", recipe_path == layers_alone ? "F16" : "INT8", base, finer,
+                  base / finer);
+      // GPTQ's base is three times better; INT8 of the rest is the same. 1/44 to 1/47 was seen, 1/55 to 1/58 without it.
+      const bool int8_shows = method == QuantizeMethod::gptq && recipe_path != layers_alone;
+      CHECK(finer <= base / (int8_shows ? 40 : 50));
 
-    // What a pass reads and keeps: the same as of the file without residuals.
-    for (const uint64_t budget : {uint64_t{1} << 30, smallest_budget(plain)}) {
-      const auto of_both = plan_model(both, {.device_memory_bytes = budget, .context = 512, .max_rows = 8}, {});
-      const auto of_plain = plan_model(plain, {.device_memory_bytes = budget, .context = 512, .max_rows = 8}, {});
-      REQUIRE((of_both && of_plain));
-      CHECK(of_both->disk_tier_bytes == of_plain->disk_tier_bytes);
-      CHECK(of_both->resident_bytes == of_plain->resident_bytes);
+      // What a pass reads and keeps: the same as of the file without residuals.
+      for (const uint64_t budget : {uint64_t{1} << 30, smallest_budget(plain)}) {
+        const auto of_both = plan_model(both, {.device_memory_bytes = budget, .context = 512, .max_rows = 8}, {});
+        const auto of_plain = plan_model(plain, {.device_memory_bytes = budget, .context = 512, .max_rows = 8}, {});
+        REQUIRE((of_both && of_plain));
+        CHECK(of_both->disk_tier_bytes == of_plain->disk_tier_bytes);
+        CHECK(of_both->resident_bytes == of_plain->resident_bytes);
+      }
     }
   }
 }
