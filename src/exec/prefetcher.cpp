@@ -63,7 +63,7 @@ Prefetcher::Prefetcher(const storage::Container& container, const plan::Plan& pl
     : container_(container), plan_(plan), backend_(backend), queue_(std::move(queue)), options_(std::move(options)) {
   SLUICE_CHECK(options_.host_weights.size() == plan.stream.size());
   if (options_.recorder != nullptr && !plan.stream.empty()) {
-    track_ = &options_.recorder->add_track("prefetcher");
+    track_ = &options_.recorder->add_track("prefetcher", trace::Recorder::kBusyCapacity);
     drive_track_ = &options_.recorder->add_track("drive");
     ns_per_tick_ = options_.recorder->ns_per_tick();
   }

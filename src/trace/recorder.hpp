@@ -87,8 +87,8 @@ class Recorder {
 
   // Records that a track holds unless told otherwise.
   static constexpr uint32_t kCapacity = 1u << 14;
-  // ... those of sessions and of the thread that computes. The smallest of models (0.1 ms a token, 25 records in each)
-  // write 250,000 a second there: the ring lasts a quarter of a second, a collector sleeps a tenth at most.
+  // ... those of sessions, of the thread that computes and of the one that prefetches. The smallest of models write 20 to
+  // 45 records a token in each, 250,000 a second: the ring lasts a quarter of a second, a collector sleeps a tenth at most.
   static constexpr uint32_t kBusyCapacity = 1u << 16;
 
   // A new track. Any thread; allocates.
