@@ -442,7 +442,9 @@ TEST_CASE("random bytes go through every tokenizer and come back as their valid 
     std::string storage;
     const std::string valid(sluice::model::valid_utf8(text, storage));
     for (const Tokenizer& tokenizer : tokenizers) {
-      const auto ids = tokenizer.encode(text);
+      // What follows a special token gets SentencePiece's leading space, and chance writes "<s>" now and then.
+      const bool sentencepiece = &tokenizer == &tokenizers.back();
+      const auto ids = tokenizer.encode(text, {.special = !sentencepiece});
       for (const int32_t id : ids) REQUIRE((id >= 0 && static_cast<uint32_t>(id) < tokenizer.size()));
       REQUIRE(tokenizer.decode(ids) == valid);
       std::vector<int32_t> noise(50);
