@@ -7,7 +7,10 @@
 #include <cstdio>
 
 #include "backend/cuda/device.hpp"
+#include "backend/cuda/scratch.hpp"
 #include "base/units.hpp"
+#include "cuda/elementwise.hpp"
+#include "cuda/matmul.hpp"
 #include "golden_model.hpp"
 #include "tiny_container.hpp"
 
@@ -50,6 +53,50 @@ struct Fixture {
 };
 
 }  // namespace
+
+TEST_CASE("a pass has room for the sums of every product, in every form of INT4 and at every number of rows") {
+  // Hidden, heads, KV heads, size of a head, FFN: SmolLM2-135M, Llama 3 8B and 70B, Qwen2 7B.
+  const uint32_t shapes[][5] = {
+      {576, 9, 3, 64, 1536}, {4096, 32, 8, 128, 14336}, {8192, 64, 8, 128, 28672}, {3584, 28, 4, 128, 18944}};
+  static const __half some_bias = {};
+  for (const auto& [hidden, heads, kv_heads, head_dim, ffn] : shapes) {
+    backend::Shape shape;
+    shape.layers = 1;
+    shape.hidden = hidden;
+    shape.heads = heads;
+    shape.kv_heads = kv_heads;
+    shape.head_dim = head_dim;
+    shape.ffn = ffn;
+    shape.vocab = 1024;
+    shape.rotary_dims = head_dim;
+    shape.context = 1024;
+    shape.max_rows = 512;
+    shape.max_logit_rows = 64;
+    const backend::cuda::ScratchLayout layout(shape);
+    const uint32_t q = heads * head_dim, kv = kv_heads * head_dim;
+    const std::pair<uint32_t, std::vector<uint32_t>> products[] = {
+        {hidden, {q, kv, kv}}, {q, {hidden}}, {hidden, {ffn, ffn}}, {ffn, {hidden}}};
+    for (const auto& [cols, outputs] : products) {
+      for (const uint32_t group : {32u, 64u, 128u}) {
+        for (uint32_t rows = 1; rows <= shape.max_rows; ++rows) {
+          cuda::MatmulCall call;
+          call.ldx = cuda::x_stride(cols);
+          call.rows = rows;
+          for (const uint32_t count : outputs) {
+            call.part[call.parts].weight = {.format = cuda::WeightFormat::int4,
+                                            .rows = count,
+                                            .cols = cols,
+                                            .group_elems = group,
+                                            .bias = &some_bias};
+            call.part[call.parts++].ldo = count;
+          }
+          CAPTURE(hidden, cols, group, rows);
+          if (cuda::matmul_workspace_bytes(call) > layout.matmul_workspace_bytes) FAIL("too small");
+        }
+      }
+    }
+  }
+}
 
 TEST_CASE("everything that is taken of the GPU, context included, stays inside --device-memory") {
   const Fixture fixture;

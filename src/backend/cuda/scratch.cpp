@@ -18,7 +18,7 @@ using sluice::cuda::WeightFormat;
 using sluice::cuda::x_stride;
 
 // The largest workspace of any product of a pass. Which formats will come, and which matrices share a call, is not known
-// yet: all are asked for.
+// yet: all are asked for, with what takes most of it: a bias and the smallest groups (sums of x over each group).
 uint64_t largest_matmul_workspace(const Shape& shape) {
   struct Product {
     uint32_t cols;
@@ -32,6 +32,7 @@ uint64_t largest_matmul_workspace(const Shape& shape) {
       {shape.hidden, {kv, kv}, shape.max_rows},     {q, {shape.hidden}, shape.max_rows},
       {shape.hidden, {shape.ffn, shape.ffn}, shape.max_rows}, {shape.hidden, {shape.ffn}, shape.max_rows},
       {shape.ffn, {shape.hidden}, shape.max_rows},  {shape.hidden, {shape.vocab}, shape.max_logit_rows}};
+  static const __half some_bias = {};  // that there is one counts
   uint64_t bytes = sluice::cuda::kMatmulCounterBytes;
   for (const Product& product : products) {
     for (uint32_t rows = 1; rows <= product.max_rows; ++rows) {
@@ -41,7 +42,8 @@ uint64_t largest_matmul_workspace(const Shape& shape) {
         call.ldx = x_stride(product.cols);
         call.rows = std::min(rows, sluice::cuda::kMatmulMaxRows);
         for (const uint32_t outputs : product.rows) {
-          call.part[call.parts].weight = {.format = format, .rows = outputs, .cols = product.cols, .group_elems = 128};
+          call.part[call.parts].weight = {
+              .format = format, .rows = outputs, .cols = product.cols, .group_elems = 32, .bias = &some_bias};
           call.part[call.parts++].ldo = outputs;
         }
         bytes = std::max(bytes, sluice::cuda::matmul_workspace_bytes(call));
