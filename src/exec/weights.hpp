@@ -20,10 +20,10 @@
 
 namespace sluice::exec {
 
-// Staging slots of kBlockBytes: 32 reads in flight and as many blocks that wait for the ring. At 2 GB/s that is 8 ms of
-// reading while nothing is consumed.
+// Staging slots of kBlockBytes: 32 reads in flight and a few blocks that wait for the ring. No more: what was read must still
+// be in the cache when it is checked and copied, and its slot when the next read lands there (docs/benchmarks.md).
 inline constexpr uint32_t kReadDepth = 32;
-inline constexpr uint32_t kStagingSlots = 2 * kReadDepth;
+inline constexpr uint32_t kStagingSlots = kReadDepth + 8;
 
 class Weights {
  public:
