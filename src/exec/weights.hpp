@@ -20,8 +20,8 @@
 
 namespace sluice::exec {
 
-// Staging slots of kBlockBytes: 32 reads in flight and a few blocks that wait for the ring. No more: what was read must still
-// be in the cache when it is checked and copied, and its slot when the next read lands there (docs/benchmarks.md).
+// Staging slots of kBlockBytes: 32 reads in flight and a few blocks that wait for the ring. With 64, streaming was slower
+// on a machine with slow memory (docs/benchmarks.md).
 inline constexpr uint32_t kReadDepth = 32;
 inline constexpr uint32_t kStagingSlots = kReadDepth + 8;
 
