@@ -113,7 +113,8 @@ void Prefetcher::run() {
   }
 }
 
-// One action, most urgent first: a copy that can go, then waiting for a read; idle if only a release can help.
+// One action, most urgent first: a copy that can go, then waiting for a read, then for a copy out of the slot of the next
+// read; idle if only a release can help.
 Status Prefetcher::step(bool& idle) {
   SLUICE_TRY(start_reads());
   const plan::StreamItem& item = plan_.stream[items_copied_ % plan_.stream.size()];
@@ -137,6 +138,10 @@ Status Prefetcher::step(bool& idle) {
     retries_.store(queue_->retries() - retries_before_, std::memory_order_relaxed);
     return {};
   }
+  if (reads_started_ - reads_copied_ < slots_.size()) {
+    const Slot& next = slots_[reads_started_ % slots_.size()];
+    if (next.copied) return backend_.host_wait(next.event);  // what the copy waits for was submitted before it
+  }
   idle = true;
   return {};
 }
@@ -155,12 +160,7 @@ Status Prefetcher::start_reads() {
     ++reads_started_;
     started = true;
   }
-  if (started) return queue_->flush();
-  // Nothing in flight and the next slot is still being copied: the copy engine is the only thing to wait for.
-  if (queue_->in_flight() == 0 && reads_started_ == reads_copied_ && slots_[reads_started_ % slots_.size()].copied) {
-    return backend_.host_wait(slots_[reads_started_ % slots_.size()].event);
-  }
-  return {};
+  return started ? queue_->flush() : Status();
 }
 
 bool Prefetcher::ring_is_free() const {

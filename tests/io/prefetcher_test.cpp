@@ -2,7 +2,9 @@
 #include "exec/prefetcher.hpp"
 
 #include <cstring>
+#include <mutex>
 #include <random>
+#include <set>
 
 #include "base/handles.hpp"
 #include "catch.hpp"
@@ -46,10 +48,31 @@ plan::Plan plan_of(const storage::Container& container, uint64_t device, uint64_
   return std::move(*plan);
 }
 
+// A copy engine with so much before it that no copy is done until somebody waits for it.
+class LateBackend : public MemoryBackend {
+ public:
+  void record_copy(backend::EventId event) override {
+    const std::lock_guard lock(mutex_);
+    pending_.insert(event);
+  }
+  Status host_wait(backend::EventId) override {
+    const std::lock_guard lock(mutex_);
+    pending_.clear();
+    return {};
+  }
+  bool done(backend::EventId event) override {
+    const std::lock_guard lock(mutex_);
+    return !pending_.contains(event);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<backend::EventId> pending_;
+};
+
 // Streams `passes` passes and compares every item, when it is acquired, with the file.
 Status stream(const storage::Container& container, const plan::Plan& plan, const storage::FaultPlan* faults, int passes,
-              uint64_t* bytes_read) {
-  MemoryBackend backend;
+              uint64_t* bytes_read, MemoryBackend&& backend = {}) {
   auto ring = backend.allocate(plan.ring_bytes, "ring");
   REQUIRE(ring);
   auto staging = Mapping::anonymous(8 * storage::kBlockBytes, "staging");
@@ -117,6 +140,21 @@ TEST_CASE("prefetcher brings every item of every pass, in every mix of tiers") {
     // Exactly the disk tier per pass, and no more ahead than the staging slots and the ring hold.
     CHECK(bytes_read >= kPasses * plan.disk_bytes);
     CHECK(bytes_read <= kPasses * plan.disk_bytes + plan.ring_bytes + 8 * storage::kBlockBytes);
+  }
+}
+
+// Every staging slot is then read, copied and not yet free, and the executor waits for an item of more reads than there are
+// slots: no release will come.
+TEST_CASE("prefetcher waits for the copy engine when that is all there is to wait for") {
+  const Model model;
+  auto container = storage::Container::open(model.path);
+  REQUIRE(container);
+  const uint64_t total = container->file_bytes();
+  for (const uint64_t host : {uint64_t{0}, total / 3}) {
+    CAPTURE(host);
+    const plan::Plan plan = plan_of(*container, total / 3, host);
+    REQUIRE(plan.disk_bytes > 8 * storage::kBlockBytes);
+    REQUIRE(stream(*container, plan, nullptr, 5, nullptr, LateBackend()));
   }
 }
 

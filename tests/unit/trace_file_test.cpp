@@ -179,6 +179,7 @@ TEST_CASE("the collector writes all that many tracks record, those that begin me
   CHECK(totals->dropped == 0);
   CHECK_FALSE(recorder.collected());
   const auto trace = read_trace(path);
+  INFO((trace ? "" : trace.error().message));
   REQUIRE(trace);
   CHECK(trace->complete);
   CHECK(trace->records == totals->records);
