@@ -12,9 +12,9 @@
 #include <utility>
 
 #include <fmt/format.h>
-// Its states lie on the stack then.
-#define XXH_STATIC_LINKING_ONLY
 #include <xxhash.h>
+
+#include "base/units.hpp"
 
 namespace sluice::trace {
 namespace {
@@ -49,21 +49,18 @@ static_assert(sizeof(FileHeader) == kHeaderBytes);
 
 uint64_t sum_of(const FileHeader& header) { return XXH3_64bits(&header, offsetof(FileHeader, sum)); }
 
-// Of a payload in two parts, the first of any size.
-uint64_t sum_of(uint32_t tag, std::span<const std::byte> payload, std::span<const std::byte> rest = {}) {
-  const uint64_t seed = uint64_t{tag} | static_cast<uint64_t>(payload.size() + rest.size()) << 32;
-  if (rest.empty()) return XXH3_64bits_withSeed(payload.data(), payload.size(), seed);
-  XXH3_state_t state;
-  XXH3_64bits_reset_withSeed(&state, seed);
-  XXH3_64bits_update(&state, payload.data(), payload.size());
-  XXH3_64bits_update(&state, rest.data(), rest.size());
-  return XXH3_64bits_digest(&state);
+uint64_t sum_of(uint32_t tag, std::span<const std::byte> payload) {
+  const uint64_t seed = uint64_t{tag} | static_cast<uint64_t>(payload.size()) << 32;
+  return XXH3_64bits_withSeed(payload.data(), payload.size(), seed);
+}
+
+void append_bytes(std::vector<std::byte>& out, std::span<const std::byte> bytes) {
+  out.insert(out.end(), bytes.begin(), bytes.end());
 }
 
 template <class T>
 void append(std::vector<std::byte>& out, const T& value) {
-  const auto bytes = std::as_bytes(std::span(&value, 1));
-  out.insert(out.end(), bytes.begin(), bytes.end());
+  append_bytes(out, std::as_bytes(std::span(&value, 1)));
 }
 
 // Reads values off the front of a payload; the caller has compared sizes.
@@ -107,9 +104,9 @@ Result<TraceFileWriter> TraceFileWriter::create(const std::string& path, const C
   header.error_ns = started.error_ns;
   header.sum = sum_of(header);
   SLUICE_TRY(writer.write(std::as_bytes(std::span(&header, 1))));
-  const auto text = std::as_bytes(std::span(note_json));
-  writer.payload_.assign(text.begin(), text.end());
-  writer.payload_.resize((text.size() + 7) / 8 * 8, std::byte{' '});
+  writer.begin_chunk();
+  append_bytes(writer.chunk_, std::as_bytes(std::span(note_json)));
+  writer.chunk_.resize(align_up(writer.chunk_.size(), 8), std::byte{' '});
   SLUICE_TRY(writer.write_chunk(kNote));
   return writer;
 }
@@ -128,44 +125,47 @@ Status TraceFileWriter::write(std::span<const std::byte> bytes) {
   return {};
 }
 
-Status TraceFileWriter::write_chunk(uint32_t tag, std::span<const std::byte> rest) {
-  struct {
+void TraceFileWriter::begin_chunk() { chunk_.assign(kChunkHeaderBytes, {}); }
+
+Status TraceFileWriter::write_chunk(uint32_t tag) {
+  const auto payload = std::span(chunk_).subspan(kChunkHeaderBytes);
+  const struct {
     uint32_t tag, bytes;
     uint64_t sum;
-  } header = {tag, static_cast<uint32_t>(payload_.size() + rest.size()), sum_of(tag, payload_, rest)};
+  } header = {tag, static_cast<uint32_t>(payload.size()), sum_of(tag, payload)};
   static_assert(sizeof header == kChunkHeaderBytes);
-  const auto head = std::as_bytes(std::span(&header, 1));
-  payload_.insert(payload_.begin(), head.begin(), head.end());
-  Status status = write(payload_);
-  if (status) status = write(rest);
-  payload_.clear();
-  return status;
+  std::memcpy(chunk_.data(), &header, sizeof header);
+  return write(chunk_);
 }
 
 Status TraceFileWriter::add_track(uint32_t number, const std::string& name) {
-  append(payload_, number);
-  append(payload_, static_cast<uint32_t>(name.size()));
-  const auto text = std::as_bytes(std::span(name));
-  payload_.insert(payload_.end(), text.begin(), text.end());
-  payload_.resize((payload_.size() + 7) / 8 * 8);
+  begin_chunk();
+  append(chunk_, number);
+  append(chunk_, static_cast<uint32_t>(name.size()));
+  append_bytes(chunk_, std::as_bytes(std::span(name)));
+  chunk_.resize(align_up(chunk_.size(), 8));
   return write_chunk(kTrack);
 }
 
 Status TraceFileWriter::add_records(uint32_t track, std::span<const Record> records, uint64_t dropped) {
-  append(payload_, track);
-  append(payload_, static_cast<uint32_t>(records.size()));
-  append(payload_, dropped);
-  return write_chunk(kRecords, std::as_bytes(records));
+  begin_chunk();
+  append(chunk_, track);
+  append(chunk_, static_cast<uint32_t>(records.size()));
+  append(chunk_, dropped);
+  append_bytes(chunk_, std::as_bytes(records));
+  return write_chunk(kRecords);
 }
 
 Status TraceFileWriter::add_clock(const ClockPair& pair) {
-  append(payload_, pair);
+  begin_chunk();
+  append(chunk_, pair);
   return write_chunk(kClock);
 }
 
 Status TraceFileWriter::finish(uint64_t records, uint64_t dropped) {
-  append(payload_, records);
-  append(payload_, dropped);
+  begin_chunk();
+  append(chunk_, records);
+  append(chunk_, dropped);
   SLUICE_TRY(write_chunk(kEnd));
   fd_.reset();
   return {};

@@ -50,12 +50,13 @@ class TraceFileWriter {
  private:
   TraceFileWriter(std::string path, UniqueFd fd) : path_(std::move(path)), fd_(std::move(fd)) {}
   Status write(std::span<const std::byte> bytes);
-  // Of payload_, which it empties, and `rest` behind it.
-  Status write_chunk(uint32_t tag, std::span<const std::byte> rest = {});
+  // A chunk is begun, its payload appended to chunk_, and written.
+  void begin_chunk();
+  Status write_chunk(uint32_t tag);
 
   std::string path_;
   UniqueFd fd_;
-  std::vector<std::byte> payload_;
+  std::vector<std::byte> chunk_;
 };
 
 struct TraceTrack {

@@ -48,6 +48,13 @@ void put(std::vector<uint8_t>& bytes, size_t at, T value) {
   std::memcpy(bytes.data() + at, &value, sizeof value);
 }
 
+// Leaves other bytes where the functions called next have their local variables, from the deepest ones up.
+[[gnu::noinline]] void overwrite_stack(size_t bytes) {
+  volatile char deep[16384];
+  for (size_t i = 0; i < bytes; ++i) deep[i] = 0x5a;
+  (void)deep[0];
+}
+
 }  // namespace
 
 TEST_CASE("a trace is read as it was written") {
@@ -61,6 +68,23 @@ TEST_CASE("a trace is read as it was written") {
   CHECK(trace->records == 18);
   CHECK(trace->scale.ns_per_tick() == Approx(1.0));
   CHECK(trace->seconds(trace->tracks[2].records.back().end) == Approx(0.030));
+}
+
+TEST_CASE("the checksum of a chunk does not depend on the chunk before it") {
+  const TempFolder folder;
+  const auto bytes = trace_bytes(folder.file("t.sltrace"), [](TraceFileWriter& file, uint64_t& records) {
+    const std::vector<Record> some(40, Record{.begin = 1, .end = 2});
+    SLUICE_CHECK(file.add_track(0, "engine"));
+    for (size_t deep = 0; deep <= 16384; deep += 64) {
+      overwrite_stack(deep);
+      SLUICE_CHECK(file.add_records(0, some, 0));
+      records += some.size();
+    }
+  });
+  const auto trace = parse_trace(bytes, "t.sltrace");
+  INFO((trace ? "" : trace.error().message));
+  REQUIRE(trace);
+  CHECK(trace->complete);
 }
 
 TEST_CASE("tokens of a trace have every part, growth of counters, and their time accounted for") {
