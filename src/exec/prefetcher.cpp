@@ -113,8 +113,8 @@ void Prefetcher::run() {
   }
 }
 
-// One action, most urgent first: a copy that can go, then waiting for a read, then for a copy out of the slot of the next
-// read; idle if only a release can help.
+// One action, most urgent first: a copy that can go, then waiting for a read, then for the copy out of the slot that the
+// next read takes; idle if only a release can help.
 Status Prefetcher::step(bool& idle) {
   SLUICE_TRY(start_reads());
   const plan::StreamItem& item = plan_.stream[items_copied_ % plan_.stream.size()];
