@@ -143,8 +143,8 @@ TEST_CASE("prefetcher brings every item of every pass, in every mix of tiers") {
   }
 }
 
-// Every staging slot is then read, copied and not yet free, and the executor waits for an item of more reads than there
-// are slots: no release will come.
+// Every staging slot is then read, copied and not yet free, and the executor waits for an item whose next read has no
+// slot: no release will come.
 TEST_CASE("prefetcher waits for the copy engine when that is all there is to wait for") {
   const Model model;
   auto container = storage::Container::open(model.path);
