@@ -21,6 +21,9 @@ CONFIGS = os.environ.get("SLUICE_CONFIGS", "")
 # Sanitized builds are slow; a hang is far beyond this.
 TIMEOUT = 120
 
+# Seconds. What the drive and the kernel are made to do to a token lasts about so long, whatever the build.
+SHORT_FAULT = 0.009
+
 # The exit codes of src/include/sluice/result.hpp.
 USAGE, NOT_FOUND, IO, CORRUPT, UNSUPPORTED, BUDGET, CANCELLED = 2, 3, 4, 5, 6, 7, 11
 
@@ -83,6 +86,15 @@ class CliTest(unittest.TestCase):
     def refuses(self, code, named, *args, log_lines=False, **keywords):
         named = named if isinstance(named, (list, tuple)) else [named]
         self.assert_refused(sluice(*args, **keywords), code, *named, log_lines=log_lines)
+
+    def skip_where_faults_drown(self, model):
+        """Where a usual token takes longer than a fault of the drive or the kernel, as it does under sanitizers: no
+        analysis can tell that the fault was there."""
+        trace = os.path.join(SCRATCH, "usual.sltrace")
+        self.succeeds("run", model, "-p", "Hello", "-n", 100, "--ignore-eos", "--context", 512, "-q", "--trace", trace)
+        usual = self.prints_json("trace", trace, "--json")["itl"]["p50"]
+        if usual > SHORT_FAULT:
+            self.skipTest(f"a token takes {usual * 1e3:.0f} ms here, longer than a fault: use a quicker build")
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------

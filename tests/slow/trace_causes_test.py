@@ -5,7 +5,8 @@ Every run draws its fault's period and length from its seed. A run counts as rig
 fault and no other train has another one. Prints the table of causes that were named.
 
 A run beside which other processes took more of the machine than OTHERS is made again: what they do to it is no fault of
-its own. Whether it is is known before its trace is looked at.
+its own. Whether it is is known before its trace is looked at. Where a token takes longer than the shortest fault (under
+sanitizers), all runs are made and nothing is judged: skipped.
 
 SLUICE_RUNS      runs of each kind (default 6)
 SLUICE_SEED      the first one's seed (default 1001: thresholds were chosen on seeds below 1000)
@@ -153,6 +154,7 @@ class Causes(CliTest):
         quiet = self.score("clean", lambda causes: set(causes) <= {"unknown"})
         print(f"macro {sum(shares) / len(shares):.3f}, unknown {unknown:.3f}, clean with a cause {1 - quiet:.3f}",
               flush=True)
+        self.skip_where_faults_drown(self.model)
         self.assertGreaterEqual(sum(shares) / len(shares), 0.9)
         self.assertGreaterEqual(unknown, 0.8)
         self.assertLessEqual(1 - quiet, 0.02)
