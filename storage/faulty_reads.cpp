@@ -60,6 +60,8 @@ class FaultyReads final : public RawReads {
     }
   }
 
+  bool ready() override { return inner_->ready(); }
+
   uint32_t depth() const override { return inner_->depth(); }
   const char* name() const override { return inner_->name(); }
   bool register_buffers(std::span<const std::span<std::byte>> buffers) override {

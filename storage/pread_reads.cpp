@@ -92,6 +92,11 @@ class PreadReads final : public RawReads {
     return count;
   }
 
+  bool ready() override {
+    const std::lock_guard lock(mutex_);
+    return !results_.empty();
+  }
+
   uint32_t depth() const override { return depth_; }
   const char* name() const override { return "pread"; }
   bool register_buffers(std::span<const std::span<std::byte>>) override { return true; }  // pread needs none

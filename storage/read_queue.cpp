@@ -166,6 +166,8 @@ class FileReadQueue final : public ReadQueue {
     }
   }
 
+  bool ready() override { return next_reaped_ < reaped_count_ || raw_->ready(); }
+
   uint32_t in_flight() const override { return depth() - static_cast<uint32_t>(free_.size()); }
   uint32_t depth() const override { return raw_->depth(); }
   bool direct() const override { return direct_; }

@@ -40,6 +40,8 @@ class RawReads {
   virtual int submit(std::span<const RawRead> reads) = 0;
   // Blocks until at least one read finished (none in flight: a CHECK), then fills `out` with as many as are ready.
   virtual size_t reap(std::span<RawResult> out) = 0;
+  // Whether reap would find one without blocking. A hint: it may know of none, or of one that will be held back.
+  virtual bool ready() = 0;
   virtual uint32_t depth() const = 0;
   virtual const char* name() const = 0;   // "io_uring", "pread"
   // Tells the kernel about long-lived destination buffers. False: reads go on unregistered (a memlock limit, say).
@@ -100,6 +102,8 @@ class ReadQueue {
   // Blocks until one read is complete in full and returns it. No read in flight is a CHECK.
   // Errors: io (EIO and the like: path, offset, errno), corrupt (the file ends inside the read: it shrank).
   virtual Result<ReadDone> wait() = 0;
+  // Whether wait would return at once. A hint: a read that came in parts is not complete yet.
+  virtual bool ready() = 0;
 
   virtual uint32_t in_flight() const = 0;
   virtual uint32_t depth() const = 0;

@@ -95,6 +95,8 @@ class UringReads final : public RawReads {
     return count;
   }
 
+  bool ready() override { return !unsubmitted_.empty() || io_uring_cq_ready(&ring_) > 0; }
+
   uint32_t depth() const override { return depth_; }
   const char* name() const override { return "io_uring"; }
 

@@ -114,35 +114,39 @@ void Prefetcher::run() {
 }
 
 // One action, most urgent first: a copy that can go, then waiting for a read, then for the copy out of the slot that the
-// next read takes; idle if only a release can help.
+// next read takes; idle if only a release can help. All reads that are done are taken first: drives finish many at once,
+// and while one is checked and copied the others' places in the drive's queue would stand empty.
 Status Prefetcher::step(bool& idle) {
+  while (queue_ != nullptr && queue_->in_flight() > 0 && queue_->ready()) SLUICE_TRY(take_read());
   SLUICE_TRY(start_reads());
   const plan::StreamItem& item = plan_.stream[items_copied_ % plan_.stream.size()];
   if (ring_is_free()) {
     if (item.tier == plan::Tier::host) return copy_host_item();
     if (slots_[reads_copied_ % slots_.size()].landed) return copy_landed_read();
   }
-  if (queue_ != nullptr && queue_->in_flight() > 0) {
-    const trace::NvtxRange range(trace::Kind::stage_wait);
-    const uint64_t begin = trace::ticks();
-    SLUICE_TRY_ASSIGN(done, queue_->wait());
-    inject(trace::Fault::read);
-    record(trace::Kind::stage_wait, begin);
-    record_read(done);
-    slots_[done.tag % slots_.size()].landed = true;
-    const auto now = std::chrono::steady_clock::now();
-    busy_ns_.fetch_add(static_cast<uint64_t>(std::chrono::nanoseconds(now - busy_since_).count()),
-                       std::memory_order_relaxed);
-    busy_since_ = now;
-    bytes_read_.store(queue_->bytes_read() - bytes_before_, std::memory_order_relaxed);
-    retries_.store(queue_->retries() - retries_before_, std::memory_order_relaxed);
-    return {};
-  }
+  if (queue_ != nullptr && queue_->in_flight() > 0) return take_read();
   if (reads_started_ - reads_copied_ < slots_.size()) {
     const Slot& next = slots_[reads_started_ % slots_.size()];
     if (next.copied) return backend_.host_wait(next.event);  // what the copy waits for was submitted before it
   }
   idle = true;
+  return {};
+}
+
+Status Prefetcher::take_read() {
+  const trace::NvtxRange range(trace::Kind::stage_wait);
+  const uint64_t begin = trace::ticks();
+  SLUICE_TRY_ASSIGN(done, queue_->wait());
+  inject(trace::Fault::read);
+  record(trace::Kind::stage_wait, begin);
+  record_read(done);
+  slots_[done.tag % slots_.size()].landed = true;
+  const auto now = std::chrono::steady_clock::now();
+  busy_ns_.fetch_add(static_cast<uint64_t>(std::chrono::nanoseconds(now - busy_since_).count()),
+                     std::memory_order_relaxed);
+  busy_since_ = now;
+  bytes_read_.store(queue_->bytes_read() - bytes_before_, std::memory_order_relaxed);
+  retries_.store(queue_->retries() - retries_before_, std::memory_order_relaxed);
   return {};
 }
 

@@ -103,6 +103,7 @@ class Prefetcher {
              std::unique_ptr<storage::ReadQueue> queue, Options options);
   void run();
   Status step(bool& idle);
+  Status take_read();                   // waits for one
   Status start_reads();
   Status copy_host_item();
   Status copy_landed_read();

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <deque>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -212,13 +213,15 @@ std::vector<std::span<std::byte>> Weights::landing_places() const {
   return pieces;
 }
 
-// Keeps the queue full with the blocks of all loads, in file order. Blocks land in any order.
+// Keeps the queue full with the blocks of all loads, in file order. Blocks land in any order; all that are there are taken,
+// and new reads started, before one is checked.
 Status Weights::load(const Options& options, storage::ReadQueue& queue) {
   const auto begin = std::chrono::steady_clock::now();
   const uint64_t total = load_bytes();
   const PageSupply supply(landing_places());
-  std::vector<Flight> flights(kReadDepth);
-  std::vector<uint32_t> idle;
+  std::vector<Flight> flights(kStagingSlots);
+  std::deque<uint32_t> idle;   // longest first: a copy out of that slot is the likeliest to be done
+  std::deque<uint32_t> landed;
   for (uint32_t slot = 0; slot < flights.size(); ++slot) {
     SLUICE_TRY_ASSIGN(event, backend_.create_event());
     flights[slot].event = event;
@@ -227,14 +230,18 @@ Status Weights::load(const Options& options, storage::ReadQueue& queue) {
   size_t next_load = 0, next_read = 0;
   std::vector<BlockRead> reads;
   while (true) {
+    while (queue.in_flight() > 0 && (landed.empty() || queue.ready())) {
+      SLUICE_TRY_ASSIGN(done, queue.wait());
+      landed.push_back(static_cast<uint32_t>(done.tag));
+    }
     bool started = false;
-    while (!idle.empty() && next_load < loads_.size()) {
+    while (!idle.empty() && next_load < loads_.size() && queue.in_flight() < queue.depth()) {
       if (next_read == 0) reads = reads_of(container_.manifest().tensors[loads_[next_load].tensor]);
-      Flight& flight = flights[idle.back()];
+      Flight& flight = flights[idle.front()];
       flight.read = std::move(reads[next_read]);
       flight.load = loads_[next_load];
-      SLUICE_TRY(start_load(queue, flight, idle.back()));
-      idle.pop_back();
+      SLUICE_TRY(start_load(queue, flight, idle.front()));
+      idle.pop_front();
       started = true;
       if (++next_read == reads.size()) {
         next_read = 0;
@@ -242,11 +249,14 @@ Status Weights::load(const Options& options, storage::ReadQueue& queue) {
       }
     }
     if (started) SLUICE_TRY(queue.flush());
-    if (queue.in_flight() == 0) break;
-    SLUICE_TRY_ASSIGN(done, queue.wait());
-    Flight& flight = flights[done.tag];
+    if (landed.empty()) {
+      if (queue.in_flight() == 0) break;
+      continue;
+    }
+    Flight& flight = flights[landed.front()];
     SLUICE_TRY(finish_load(flight));
-    idle.push_back(static_cast<uint32_t>(done.tag));
+    idle.push_back(landed.front());
+    landed.pop_front();
     loaded_bytes_ += flight.read.bytes;
     if (options.progress) options.progress(loaded_bytes_, total);
   }

@@ -20,10 +20,10 @@
 
 namespace sluice::exec {
 
-// Staging slots of kBlockBytes: 32 reads in flight and a few blocks that wait for the ring. With 64, streaming was slower
-// on a machine with slow memory (docs/benchmarks.md).
+// Staging slots of kBlockBytes: drives finish a whole queue of reads at once, and the next ones need places while the
+// prefetcher copies those (docs/benchmarks.md).
 inline constexpr uint32_t kReadDepth = 32;
-inline constexpr uint32_t kStagingSlots = kReadDepth + 8;
+inline constexpr uint32_t kStagingSlots = 2 * kReadDepth;
 
 class Weights {
  public:

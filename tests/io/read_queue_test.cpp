@@ -175,6 +175,25 @@ TEST_CASE("a full queue takes no more, and counts what it read") {
   }
 }
 
+TEST_CASE("a read that is done is ready, and one that is taken or not begun is not") {
+  const TempFile file(random_bytes(kFileBytes, 2));
+  for (const IoMode mode : {IoMode::automatic, IoMode::pread}) {
+    auto memory = buffers(2 * 4096);
+    ReadQueueOptions options;
+    options.mode = mode;
+    options.depth = 2;
+    auto queue = must_open(file.path(), options);
+    CHECK_FALSE(queue->ready());
+    for (uint64_t i = 0; i < 2; ++i) REQUIRE(queue->start(i * 8192, memory.bytes().subspan(i * 4096, 4096), i));
+    REQUIRE(queue->flush().has_value());
+    for (int i = 0; i < 2; ++i) {
+      while (!queue->ready()) std::this_thread::yield();
+      REQUIRE(queue->wait().has_value());
+    }
+    CHECK_FALSE(queue->ready());
+  }
+}
+
 TEST_CASE("the drive reads as many bytes as the queue counts") {
   const auto content = random_bytes(kFileBytes, 3);
   const TempFile file(content);
