@@ -117,8 +117,11 @@ void Prefetcher::run() {
 // next read takes; idle if only a release can help. All reads that are done are taken first: drives finish many at once,
 // and while one is checked and copied the others' places in the drive's queue would stand empty.
 Status Prefetcher::step(bool& idle) {
-  while (queue_ != nullptr && queue_->in_flight() > 0 && queue_->ready()) SLUICE_TRY(take_read());
   SLUICE_TRY(start_reads());
+  while (queue_ != nullptr && queue_->in_flight() > 0 && queue_->ready()) {
+    SLUICE_TRY(take_read());
+    SLUICE_TRY(start_reads());
+  }
   const plan::StreamItem& item = plan_.stream[items_copied_ % plan_.stream.size()];
   if (ring_is_free()) {
     if (item.tier == plan::Tier::host) return copy_host_item();
@@ -150,9 +153,9 @@ Status Prefetcher::take_read() {
   return {};
 }
 
+// Each by itself: of a batch nothing reaches the drive before all of it is prepared.
 Status Prefetcher::start_reads() {
   if (reads_.empty()) return {};  // host tier only
-  bool started = false;
   if (queue_->in_flight() == 0) busy_since_ = std::chrono::steady_clock::now();
   while (reads_started_ - reads_copied_ < slots_.size()) {
     Slot& slot = slots_[reads_started_ % slots_.size()];
@@ -162,9 +165,9 @@ Status Prefetcher::start_reads() {
     slot.landed = false;
     slot.copied = false;
     ++reads_started_;
-    started = true;
+    SLUICE_TRY(queue_->flush());
   }
-  return started ? queue_->flush() : Status();
+  return {};
 }
 
 bool Prefetcher::ring_is_free() const {

@@ -229,12 +229,7 @@ Status Weights::load(const Options& options, storage::ReadQueue& queue) {
   }
   size_t next_load = 0, next_read = 0;
   std::vector<BlockRead> reads;
-  while (true) {
-    while (queue.in_flight() > 0 && (landed.empty() || queue.ready())) {
-      SLUICE_TRY_ASSIGN(done, queue.wait());
-      landed.push_back(static_cast<uint32_t>(done.tag));
-    }
-    bool started = false;
+  const auto start_reads = [&]() -> Status {
     while (!idle.empty() && next_load < loads_.size() && queue.in_flight() < queue.depth()) {
       if (next_read == 0) reads = reads_of(container_.manifest().tensors[loads_[next_load].tensor]);
       Flight& flight = flights[idle.front()];
@@ -242,17 +237,21 @@ Status Weights::load(const Options& options, storage::ReadQueue& queue) {
       flight.load = loads_[next_load];
       SLUICE_TRY(start_load(queue, flight, idle.front()));
       idle.pop_front();
-      started = true;
       if (++next_read == reads.size()) {
         next_read = 0;
         ++next_load;
       }
     }
-    if (started) SLUICE_TRY(queue.flush());
-    if (landed.empty()) {
-      if (queue.in_flight() == 0) break;
-      continue;
+    return {};
+  };
+  while (true) {
+    SLUICE_TRY(start_reads());
+    while (queue.in_flight() > 0 && (landed.empty() || queue.ready())) {
+      SLUICE_TRY_ASSIGN(done, queue.wait());
+      landed.push_back(static_cast<uint32_t>(done.tag));
+      SLUICE_TRY(start_reads());
     }
+    if (landed.empty()) break;
     Flight& flight = flights[landed.front()];
     SLUICE_TRY(finish_load(flight));
     idle.push_back(landed.front());
@@ -276,7 +275,7 @@ Status Weights::start_load(storage::ReadQueue& queue, Flight& flight, uint32_t s
     flight.data = staging_.bytes().subspan(slot * kBlockBytes, flight.read.bytes);
   }
   SLUICE_CHECK(queue.start(flight.read.offset, flight.data, slot));
-  return {};
+  return queue.flush();
 }
 
 Status Weights::finish_load(Flight& flight) {
