@@ -153,7 +153,7 @@ Status Prefetcher::take_read() {
   return {};
 }
 
-// Each by itself: of a batch nothing reaches the drive before all of it is prepared.
+// Each is handed to the kernel by itself: in batches a drive was slower (docs/benchmarks.md).
 Status Prefetcher::start_reads() {
   if (reads_.empty()) return {};  // host tier only
   if (queue_->in_flight() == 0) busy_since_ = std::chrono::steady_clock::now();
