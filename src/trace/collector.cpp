@@ -97,17 +97,24 @@ Status Collector::collect() {
     SLUICE_TRY(file_.add_track(track->number(), track->name()));
   }
   fill_ = 0;
-  for (Source& source : sources_) {
-    records_.clear();
-    const uint64_t dropped = source.dropped;
-    source.next = source.track->read(source.next, records_, source.dropped);
-    if (records_.empty() && source.dropped == dropped) continue;
-    fill_ = std::max(fill_, static_cast<double>(records_.size()) / static_cast<double>(source.track->capacity()));
-    totals_.records += records_.size();
-    totals_.dropped += source.dropped - dropped;
-    SLUICE_TRY(file_.add_records(source.track->number(), records_, source.dropped));
+  for (Source& source : sources_) SLUICE_TRY(collect(source));
+  SLUICE_TRY(file_.add_clock(read_clocks()));
+  return file_.flush();
+}
+
+Status Collector::collect(Source& source) {
+  const uint64_t written = source.track->written();
+  const auto waiting = static_cast<double>(written - source.next);
+  fill_ = std::max(fill_, waiting / static_cast<double>(source.track->capacity()));
+  while (source.next < written) {
+    const Track::Taken taken = source.track->take(source.next, piece_);
+    source.next = taken.next;
+    source.dropped += taken.dropped;
+    totals_.records += taken.records;
+    totals_.dropped += taken.dropped;
+    SLUICE_TRY(file_.add_records(source.track->number(), std::span(piece_).first(taken.records), source.dropped));
   }
-  return file_.add_clock(read_clocks());
+  return {};
 }
 
 Result<Totals> Collector::stop() {

@@ -69,7 +69,7 @@ TokenEvidence::TokenEvidence(Track& track, const std::string& weights, bool stre
 }
 
 bool TokenEvidence::wants_files(uint64_t token_ticks, uint64_t at) {
-  constexpr double kSlow = 1.25, kPace = 1.0 / 16, kPauses = 1024;
+  constexpr double kSlow = 1.25, kPace = 1.0 / 16, kPauses = 2048;
   const auto taken = static_cast<double>(token_ticks);
   const bool slow = taken > kSlow * usual_ticks_;
   // A slow token moves what is usual by no more than one that is twice as slow.

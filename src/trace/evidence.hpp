@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Counters of the operating system, read beside the spans: why a wait was long.
 //
-// What the process and the thread used is asked for once a token, by the thread that decodes; files, each 3 to 8 us where
-// caches are cold, after slow tokens and otherwise so seldom that they take a thousandth of the time; those that take
-// more, a few times a second by the collector. Files of /proc and /sys are opened once. One that is missing (a kernel without PSI,
-// a container that hides it) leaves its counter out.
+// What the process and the thread used is asked for once a token, by the thread that decodes; files, each 3 to 8 us
+// where caches are cold, after slow tokens and otherwise so seldom that they take half a thousandth of the time; those
+// that take more, a few times a second by the collector. Files of /proc and /sys are opened once. One that is missing (a
+// kernel without PSI, a container that hides it) leaves its counter out.
 #pragma once
 
 #include <sys/types.h>

@@ -84,14 +84,13 @@ void Track::populate() const {
   if (last > first) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
 }
 
-uint64_t Track::read(uint64_t from, std::vector<Record>& out, uint64_t& dropped) const {
+Track::Taken Track::take(uint64_t from, std::span<Record> out) const {
   const uint64_t capacity = mask_ + 1;
   const uint64_t head = head_.load(std::memory_order_acquire);
   uint64_t first = std::max(from, head > capacity ? head - capacity : 0);
-  const size_t kept = out.size();
-  out.resize(kept + (head - first));
-  Record* record = out.data() + kept;
-  for (uint64_t at = first; at < head; ++at, ++record) {
+  const uint64_t next = std::min(head, first + out.size());
+  Record* record = out.data();
+  for (uint64_t at = first; at < next; ++at, ++record) {
     uint64_t* const cell = cell_of(at);
     record->begin = load(cell[0]);
     record->end = load(cell[1]);
@@ -108,12 +107,11 @@ uint64_t Track::read(uint64_t from, std::vector<Record>& out, uint64_t& dropped)
   const uint64_t now = head_.load(std::memory_order_relaxed);
   const uint64_t valid_from = now + 1 > capacity ? now + 1 - capacity : 0;
   if (valid_from > first) {
-    const uint64_t lost = std::min(valid_from, head) - first;
-    out.erase(out.begin() + static_cast<std::ptrdiff_t>(kept), out.begin() + static_cast<std::ptrdiff_t>(kept + lost));
+    const uint64_t lost = std::min(valid_from, next) - first;
+    std::copy(out.data() + lost, record, out.data());
     first += lost;
   }
-  dropped += first - from;
-  return head;
+  return {.records = next - first, .dropped = first - from, .next = next};
 }
 
 // ---------------------------------------------------------------------------------------------------------- recorder

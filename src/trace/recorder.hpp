@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -49,9 +50,14 @@ class Track {
   uint64_t capacity() const { return mask_ + 1; }   // in records
   uint64_t written() const { return head_.load(std::memory_order_acquire); }
 
-  // Appends the records from number `from` on to `out`; any thread. Returns the number of the next one; what was
-  // overwritten before it could be read is added to `dropped`.
-  uint64_t read(uint64_t from, std::vector<Record>& out, uint64_t& dropped) const;
+  struct Taken {
+    uint64_t records = 0;
+    uint64_t dropped = 0;   // before those: overwritten, or may have been, before they could be copied
+    uint64_t next = 0;      // number of the record behind them
+  };
+  // Copies the records from number `from` on to the beginning of `out`, as many as there are and as it holds. Any
+  // thread.
+  Taken take(uint64_t from, std::span<Record> out) const;
 
   // Asks for the ring's memory now, where it would come page by page while the ring is first filled. Any thread.
   void populate() const;

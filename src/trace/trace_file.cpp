@@ -24,8 +24,8 @@ constexpr uint64_t kHeaderBytes = 64;
 constexpr uint64_t kChunkHeaderBytes = 16;
 constexpr uint32_t kMostTracks = 4096;       // more is damage: a model has three and one a session
 constexpr uint32_t kMostNameBytes = 256;
-// Of one chunk; a collector that fell behind writes several.
-constexpr uint64_t kMostPayloadBytes = 64ull << 20;
+constexpr uint64_t kMostPayloadBytes = 64ull << 20;   // of one chunk
+constexpr size_t kGatheredBytes = 128 << 10;
 
 constexpr uint32_t tag_of(const char (&text)[5]) {
   return static_cast<uint32_t>(text[0]) | static_cast<uint32_t>(text[1]) << 8 | static_cast<uint32_t>(text[2]) << 16 |
@@ -103,70 +103,77 @@ Result<TraceFileWriter> TraceFileWriter::create(const std::string& path, const C
   header.unix_ns = static_cast<uint64_t>(wall.tv_sec) * 1'000'000'000u + static_cast<uint64_t>(wall.tv_nsec) - since;
   header.error_ns = started.error_ns;
   header.sum = sum_of(header);
-  SLUICE_TRY(writer.write(std::as_bytes(std::span(&header, 1))));
+  append(writer.gathered_, header);
   writer.begin_chunk();
-  append_bytes(writer.chunk_, std::as_bytes(std::span(note_json)));
-  writer.chunk_.resize(align_up(writer.chunk_.size(), 8), std::byte{' '});
-  SLUICE_TRY(writer.write_chunk(kNote));
+  append_bytes(writer.gathered_, std::as_bytes(std::span(note_json)));
+  writer.gathered_.resize(align_up(writer.gathered_.size(), 8), std::byte{' '});
+  SLUICE_TRY(writer.end_chunk(kNote));
+  SLUICE_TRY(writer.flush());
   return writer;
 }
 
-Status TraceFileWriter::write(std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    const ssize_t written = ::write(fd_.get(), bytes.data(), bytes.size());
+Status TraceFileWriter::flush() {
+  for (std::span<const std::byte> left = gathered_; !left.empty();) {
+    const ssize_t written = ::write(fd_.get(), left.data(), left.size());
     if (written < 0 && errno == EINTR) continue;
     if (written < 0) {
       const int code = errno;
       return fail(ErrorCode::io, fmt::format("{}: cannot write the trace: {}; what was written so far can be read",
                                              path_, std::strerror(code)), code);
     }
-    bytes = bytes.subspan(static_cast<size_t>(written));
+    left = left.subspan(static_cast<size_t>(written));
   }
+  gathered_.clear();
   return {};
 }
 
-void TraceFileWriter::begin_chunk() { chunk_.assign(kChunkHeaderBytes, {}); }
+void TraceFileWriter::begin_chunk() {
+  chunk_at_ = gathered_.size();
+  gathered_.resize(chunk_at_ + kChunkHeaderBytes);
+}
 
-Status TraceFileWriter::write_chunk(uint32_t tag) {
-  const auto payload = std::span(chunk_).subspan(kChunkHeaderBytes);
+Status TraceFileWriter::end_chunk(uint32_t tag) {
+  const auto payload = std::span(gathered_).subspan(chunk_at_ + kChunkHeaderBytes);
   const struct {
     uint32_t tag, bytes;
     uint64_t sum;
   } header = {tag, static_cast<uint32_t>(payload.size()), sum_of(tag, payload)};
   static_assert(sizeof header == kChunkHeaderBytes);
-  std::memcpy(chunk_.data(), &header, sizeof header);
-  return write(chunk_);
+  std::memcpy(gathered_.data() + chunk_at_, &header, sizeof header);
+  if (gathered_.size() < kGatheredBytes) return {};
+  return flush();
 }
 
 Status TraceFileWriter::add_track(uint32_t number, const std::string& name) {
   begin_chunk();
-  append(chunk_, number);
-  append(chunk_, static_cast<uint32_t>(name.size()));
-  append_bytes(chunk_, std::as_bytes(std::span(name)));
-  chunk_.resize(align_up(chunk_.size(), 8));
-  return write_chunk(kTrack);
+  append(gathered_, number);
+  append(gathered_, static_cast<uint32_t>(name.size()));
+  append_bytes(gathered_, std::as_bytes(std::span(name)));
+  gathered_.resize(align_up(gathered_.size(), 8));
+  return end_chunk(kTrack);
 }
 
 Status TraceFileWriter::add_records(uint32_t track, std::span<const Record> records, uint64_t dropped) {
   begin_chunk();
-  append(chunk_, track);
-  append(chunk_, static_cast<uint32_t>(records.size()));
-  append(chunk_, dropped);
-  append_bytes(chunk_, std::as_bytes(records));
-  return write_chunk(kRecords);
+  append(gathered_, track);
+  append(gathered_, static_cast<uint32_t>(records.size()));
+  append(gathered_, dropped);
+  append_bytes(gathered_, std::as_bytes(records));
+  return end_chunk(kRecords);
 }
 
 Status TraceFileWriter::add_clock(const ClockPair& pair) {
   begin_chunk();
-  append(chunk_, pair);
-  return write_chunk(kClock);
+  append(gathered_, pair);
+  return end_chunk(kClock);
 }
 
 Status TraceFileWriter::finish(uint64_t records, uint64_t dropped) {
   begin_chunk();
-  append(chunk_, records);
-  append(chunk_, dropped);
-  SLUICE_TRY(write_chunk(kEnd));
+  append(gathered_, records);
+  append(gathered_, dropped);
+  SLUICE_TRY(end_chunk(kEnd));
+  SLUICE_TRY(flush());
   fd_.reset();
   return {};
 }

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdlib>
 #include <map>
+#include <span>
 
 #include "catch.hpp"
 #include "trace/device_evidence.hpp"
@@ -12,11 +13,10 @@ using namespace sluice::trace;
 namespace {
 
 std::map<Counter, uint64_t> readings_of(const Track& track) {
-  std::vector<Record> records;
-  uint64_t dropped = 0;
-  (void)track.read(0, records, dropped);
+  std::array<Record, 64> records;
+  const Track::Taken taken = track.take(0, records);
   std::map<Counter, uint64_t> readings;
-  for (const Record& record : records) readings[static_cast<Counter>(record.layer)] = record.value;
+  for (const Record& record : std::span(records).first(taken.records)) readings[static_cast<Counter>(record.layer)] = record.value;
   return readings;
 }
 
