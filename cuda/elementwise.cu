@@ -6,6 +6,7 @@
 //   rms_norm         (rows)                        256     8 hidden read (once from L1), 2 hidden written
 //   swiglu           (width / 2048, rows)          256     8 width read, 2 width written
 //   select_rows      (width / 256)                 256     8 width for a row that moves
+//   gather_columns   (width / 512, rows)           256     2 width read here and there, 4 width of perm, 2 width written
 //   finish_pass      (logits / 4096)               256     4 a logit over the bus, 16 a kernel of the pass
 //   stamp            1                             1       8
 //
@@ -246,6 +247,19 @@ __global__ void select_rows_kernel(SelectRows a) {
   }
 }
 
+// Two columns a thread: what is written is as wide as X is padded.
+__global__ void gather_columns_kernel(GatherColumns a) {
+  grid_let_next_start();
+  const uint32_t stride = x_stride(a.width), column = 2 * (blockIdx.x * kBlock + threadIdx.x);
+  if (column >= stride) return;
+  grid_wait();
+  const __half* from = a.x + size_t{blockIdx.y} * stride;
+  __half2 pair = __half2half2(__ushort_as_half(0));
+  if (column < a.width) pair.x = from[min(a.perm[column], a.width - 1)];
+  if (column + 1 < a.width) pair.y = from[min(a.perm[column + 1], a.width - 1)];
+  reinterpret_cast<__half2*>(a.out + size_t{blockIdx.y} * stride)[column / 2] = pair;
+}
+
 constexpr uint32_t kLogitsPerThread = 16;
 
 // The stores cross the bus and need no answer. The first block sends the stamps, its own among them.
@@ -310,6 +324,11 @@ cudaError_t launch_swiglu(const Swiglu& args, cudaStream_t stream) {
 cudaError_t launch_select_rows(const SelectRows& args, cudaStream_t stream) {
   if (args.width == 0 || args.selected_rows == 0) return cudaErrorInvalidValue;
   return launch(select_rows_kernel, dim3(ceil_div(args.width, kBlock)), kBlock, args, stream);
+}
+
+cudaError_t launch_gather_columns(const GatherColumns& args, cudaStream_t stream) {
+  if (args.width == 0 || args.rows == 0) return cudaErrorInvalidValue;
+  return launch(gather_columns_kernel, dim3(ceil_div(x_stride(args.width), 2 * kBlock), args.rows), kBlock, args, stream);
 }
 
 cudaError_t launch_finish_pass(const FinishPass& args, cudaStream_t stream) {

@@ -92,6 +92,16 @@ struct SelectRows {
 };
 cudaError_t launch_select_rows(const SelectRows& args, cudaStream_t stream);
 
+// out = x with its columns in another order: column k is column perm[k] of x, both X of the same width.
+struct GatherColumns {
+  const __half* x = nullptr;                  // [rows][x_stride(width)]
+  const uint32_t* perm = nullptr;             // [width]; entries beyond the width count as the last column
+  uint32_t rows = 0, width = 0;
+  __half* out = nullptr;                      // [rows][x_stride(width)]
+  bool programmatic = false;
+};
+cudaError_t launch_gather_columns(const GatherColumns& args, cudaStream_t stream);
+
 // Hands a pass over to the host: logits and stamps into pinned memory, which the host reads behind the queue's end.
 // Where `stamp_count` is 0, no stamps; where `logit_count` is 0, no logits.
 struct FinishPass {

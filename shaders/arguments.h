@@ -134,6 +134,14 @@ struct SelectRowsArguments {
   uint width;
 };
 
+// gathered = x with its columns in another order: column k is column perm[k] of x.
+struct GatherColumnsArguments {
+  SLUICE_ADDRESS(Floats) x;           // X
+  SLUICE_ADDRESS(Words) perm;         // [width]; entries beyond the width count as the last column
+  SLUICE_ADDRESS(Floats) gathered;    // X
+  uint width;
+};
+
 // Reads `count` times 16 bytes.
 struct MemoryReadArguments {
   SLUICE_ADDRESS(Words4) data;

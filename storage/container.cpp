@@ -190,6 +190,28 @@ const Tensor* Container::find(Role role, int32_t layer) const {
   return nullptr;
 }
 
+Status Container::check_permutations() const {
+  for (const Tensor& tensor : manifest_.tensors) {
+    const Plane* plane = tensor.plane(PlaneKind::perm);
+    if (plane == nullptr) continue;
+    std::vector<uint32_t> perm(tensor.cols);
+    const std::span<std::byte> bytes = std::as_writable_bytes(std::span(perm));
+    SLUICE_CHECK(bytes.size() == plane->bytes);
+    SLUICE_TRY(read_exactly(fd_.get(), bytes, plane->offset, path_));
+    for (uint64_t block = 0; block < plane->block_sums.size(); ++block) {
+      const auto data = bytes.subspan(block * kBlockBytes, block_bytes(*plane, block));
+      SLUICE_TRY(check_block(path_, tensor, *plane, block, data));
+    }
+    const auto out = std::find_if(perm.begin(), perm.end(), [&](uint32_t column) { return column >= tensor.cols; });
+    if (out == perm.end()) continue;
+    return fail(ErrorCode::corrupt,
+                fmt::format("{}: tensor '{}': its column permutation has column {} of {} (offset {}); import the model again",
+                            path_, tensor.name, *out, tensor.cols,
+                            plane->offset + static_cast<uint64_t>(out - perm.begin()) * sizeof(uint32_t)));
+  }
+  return {};
+}
+
 Status Container::verify(const std::function<void(uint64_t done, uint64_t total)>& progress) const {
   uint64_t total = 0;
   for (const Tensor& tensor : manifest_.tensors) {

@@ -46,6 +46,10 @@ class Container {
   // the tensor's last two planes, or one of a matrix in act-order).
   Status set_precision(Precision precision);
 
+  // Reads every column permutation and compares its checksums: an entry that leads out of its matrix would be an address
+  // out of a kernel's input. Errors: io, corrupt.
+  Status check_permutations() const;
+
   // The tensor of that role and layer (of two, the base), or nullptr.
   const Tensor* find(Role role, int32_t layer = -1) const;
 

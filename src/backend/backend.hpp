@@ -43,10 +43,14 @@ struct Weight {
   DeviceAddress perm;                 // valid if has_perm: u32 [cols], column k of the values multiplies input perm[k]
   bool has_zeros = false;
   bool has_bias = false;
-  bool has_perm = false;              // only where the backend gathers_inputs()
+  bool has_perm = false;
+  uint64_t perm_sum = 0;              // checksum of perm's content; 0 without
 
   bool operator==(const Weight&) const = default;
 };
+
+// Whether two matrices take the same inputs in the same order of columns.
+inline bool same_order(const Weight& a, const Weight& b) { return a.has_perm == b.has_perm && a.perm_sum == b.perm_sum; }
 
 // The activations of a pass, all [rows of the pass][width] row-major FP32 as far as the executor is concerned (a GPU may
 // keep them in another form inside). Widths: residual, normed: hidden; q, attended: heads*head_dim; k, v:
@@ -93,6 +97,7 @@ struct Shape {
   std::span<const float> inverse_frequencies;   // rotary_dims / 2 values, read during `prepare` only
   float rope_attention_factor = 1.0f;
   uint32_t rotary_dims = 0;
+  bool gathers = false;               // some matrix has a column permutation
   uint32_t context = 0;               // positions per session, a multiple of kKvBlockTokens
   uint32_t sessions = 1;
   uint32_t max_rows = 0;              // rows of a pass
@@ -148,8 +153,6 @@ class Backend {
   virtual std::string device_name() const = 0;     // "2 threads, AVX3_ZEN4", "NVIDIA H200"
   // True if operations may read weights where import_host put them (the CPU): --io=mmap then needs no copies.
   virtual bool computes_in_host_memory() const = 0;
-  // Whether matmul takes weights with a column permutation. A model that has one is refused elsewhere.
-  virtual bool gathers_inputs() const { return false; }
   virtual uint64_t preferred_copy_bytes() const = 0;   // copies below this size waste the bus
   virtual uint64_t max_allocation_bytes() const { return UINT64_MAX; }   // of one allocate()
 

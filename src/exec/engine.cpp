@@ -39,20 +39,6 @@ uint16_t layer_of(const Step& step) {
   return step.for_logits ? trace::Record::kNoLayer : static_cast<uint16_t>(step.op.layer);
 }
 
-// Computing without the permutation would give wrong tokens in silence.
-Status check_permutations(const storage::Container& container, const backend::Backend& backend) {
-  if (backend.gathers_inputs()) return {};
-  for (const storage::Tensor& tensor : container.manifest().tensors) {
-    if (tensor.plane(storage::PlaneKind::perm) == nullptr) continue;
-    return fail(
-        ErrorCode::unsupported,
-        fmt::format("{}: tensor {} has its columns in act-order, which the {} backend does not compute; run it with "
-                    "--backend cpu",
-                    container.path(), tensor.name, backend.name()));
-  }
-  return {};
-}
-
 // Integer arithmetic, which the compiler turns into vectors: 128,256 logits take 10 us.
 bool all_finite(std::span<const float> values) {
   constexpr uint32_t kExponent = 0x7f800000u;
@@ -77,6 +63,9 @@ backend::Shape Engine::shape_of(const storage::Manifest& manifest) {
   shape.inverse_frequencies = manifest.rope.inverse_frequencies;
   shape.rope_attention_factor = manifest.rope.attention_factor;
   shape.rotary_dims = manifest.rope.rotary_dims;
+  shape.gathers = std::any_of(manifest.tensors.begin(), manifest.tensors.end(), [](const storage::Tensor& tensor) {
+    return tensor.plane(storage::PlaneKind::perm) != nullptr;
+  });
   return shape;
 }
 
@@ -93,7 +82,7 @@ Result<std::unique_ptr<Engine>> Engine::open(storage::Container container, plan:
                                              std::unique_ptr<backend::Backend> backend, const backend::Shape& shape,
                                              const Weights::Options& options) {
   std::unique_ptr<Engine> self(new Engine(std::move(container), std::move(plan), std::move(backend), shape));
-  SLUICE_TRY(check_permutations(self->container_, *self->backend_));
+  SLUICE_TRY(self->container_.check_permutations());
   SLUICE_TRY(self->backend_->prepare(self->shape_));
   const bool in_place = options.io == storage::IoMode::mmap;
   SLUICE_TRY_ASSIGN(embedding, Embedding::open(self->container_, self->shape_.max_rows,

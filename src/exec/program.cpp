@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <initializer_list>
 
@@ -160,7 +161,11 @@ backend::Weight weight_at(const Tensor& tensor, DeviceAddress at) {
       case PlaneKind::scales: weight.scales = address; break;
       case PlaneKind::zeros: weight.zeros = address; weight.has_zeros = true; break;
       case PlaneKind::bias: weight.bias = address; weight.has_bias = true; break;
-      case PlaneKind::perm: weight.perm = address; weight.has_perm = true; break;
+      case PlaneKind::perm:
+        weight.perm = address;
+        weight.has_perm = true;
+        for (const uint64_t sum : plane.block_sums) weight.perm_sum = std::rotl(weight.perm_sum, 1) ^ sum;
+        break;
       default: break;  // a residual is a tensor of its own (Container::set_precision)
     }
   }

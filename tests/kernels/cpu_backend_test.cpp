@@ -5,11 +5,13 @@
 #include <cstdio>
 #include <limits>
 #include <numeric>
+#include <span>
 #include <thread>
 
 #include "backend/backend.hpp"
 #include "catch.hpp"
 #include "kernel_fixture.hpp"
+#include "storage/checksum.hpp"
 
 namespace {
 
@@ -100,7 +102,10 @@ struct Machine {
     if (!w.planes.scales.empty()) out.scales = upload(w.planes.scales);
     if ((out.has_zeros = !w.planes.zeros.empty())) out.zeros = upload(w.planes.zeros);
     if ((out.has_bias = !w.planes.bias.empty())) out.bias = upload(w.planes.bias);
-    if ((out.has_perm = !w.perm.empty())) out.perm = upload(w.perm.data(), w.perm.size() * sizeof(uint32_t));
+    if ((out.has_perm = !w.perm.empty())) {
+      out.perm = upload(w.perm.data(), w.perm.size() * sizeof(uint32_t));
+      out.perm_sum = storage::checksum(std::as_bytes(std::span(w.perm)));
+    }
     return out;
   }
 

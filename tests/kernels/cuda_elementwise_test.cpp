@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -274,6 +275,35 @@ TEST_CASE("rows that want logits move to the front and keep their bits") {
   }
 }
 
+TEST_CASE("columns are gathered bit for bit, the padding is zero, and an entry out of range reads the last column") {
+  std::mt19937 random = seeded();
+  for (const uint32_t width : {1u, 2u, 63u, 64u, 130u, 1000u, 8192u, 28672u}) {
+    for (const uint32_t rows : {1u, 3u, 64u}) {
+      INFO(width << " columns, " << rows << " rows");
+      const uint32_t stride = x_stride(width);
+      std::vector<uint16_t> in(size_t{rows} * stride);
+      for (uint16_t& half : in) half = static_cast<uint16_t>(random());
+      std::vector<uint32_t> perm(width);
+      std::iota(perm.begin(), perm.end(), 0u);
+      std::shuffle(perm.begin(), perm.end(), random);
+      perm[width / 2] = 0xffffffffu;
+      const Device<uint16_t> x(in), out(in.size());
+      const Device<uint32_t> order(perm);
+      check(launch_gather_columns({.x = reinterpret_cast<const __half*>(x.get()), .perm = order.get(), .rows = rows,
+                                   .width = width, .out = reinterpret_cast<__half*>(out.get())}, nullptr));
+      const std::vector<uint16_t> got = out.fetch();
+      size_t different = 0;
+      for (uint32_t r = 0; r < rows; ++r) {
+        for (uint32_t k = 0; k < stride; ++k) {
+          const uint16_t want = k < width ? in[size_t{r} * stride + std::min(perm[k], width - 1)] : uint16_t{0};
+          different += got[size_t{r} * stride + k] == want ? 0 : 1;
+        }
+      }
+      CHECK(different == 0);
+    }
+  }
+}
+
 TEST_CASE("a pass ends with its logits and stamps in host memory, its own among them") {
   std::mt19937 random = seeded();
   float* host_logits = nullptr;
@@ -345,4 +375,5 @@ TEST_CASE("shapes without sense are refused before anything is launched") {
   CHECK(launch_swiglu({}, nullptr) == cudaErrorInvalidValue);
   CHECK(launch_begin_pass({}, nullptr) == cudaErrorInvalidValue);
   CHECK(launch_select_rows({}, nullptr) == cudaErrorInvalidValue);
+  CHECK(launch_gather_columns({}, nullptr) == cudaErrorInvalidValue);
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // RMSNorm, RoPE and KV store, attention, SwiGLU and row selection on a Vulkan device against double.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -379,5 +380,33 @@ TEST_CASE("rows that want logits move to the front in order") {
   });
   for (uint32_t r = 0; r < 4; ++r) {
     CHECK(std::equal(&rows.values()[r * width], &rows.values()[(r + 1) * width - 1], &before[selected[r] * width]));
+  }
+}
+
+TEST_CASE("columns are gathered bit for bit, the padding is zero, and an entry out of range reads the last column") {
+  std::mt19937 random(6);
+  for (const uint32_t width : {1u, 63u, 64u, 130u, 1000u}) {
+    constexpr uint32_t kRows = 3;
+    INFO(width << " columns");
+    const uint32_t stride = x_stride(width);
+    const std::vector<float> in = random_floats(size_t{kRows} * stride, 1.0f, random);
+    std::vector<uint32_t> order(width);
+    std::iota(order.begin(), order.end(), 0u);
+    std::shuffle(order.begin(), order.end(), random);
+    order[width / 2] = 0xffffffffu;
+    const Array<float> x(in), gathered(size_t{kRows} * stride, kNaN);
+    const Array<uint32_t> perm(order);
+    gpu().run([&](Kernels& kernels, VkCommandBuffer commands) {
+      return kernels.gather_columns(commands, {.x = x.address(), .perm = perm.address(), .gathered = gathered.address(),
+                                               .width = width}, kRows);
+    });
+    size_t different = 0;
+    for (uint32_t r = 0; r < kRows; ++r) {
+      for (uint32_t k = 0; k < stride; ++k) {
+        const float want = k < width ? in[r * stride + x_place(std::min(order[k], width - 1))] : 0.0f;
+        different += same_bits(gathered.values()[r * stride + x_place(k)], want) ? 0 : 1;
+      }
+    }
+    CHECK(different == 0);
   }
 }

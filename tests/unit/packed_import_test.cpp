@@ -4,14 +4,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
+#include <fstream>
 #include <functional>
 #include <numeric>
 #include <random>
 
 #include "checkpoint_folder.hpp"
-#include "exec/engine.hpp"
+#include "container_lies.hpp"
 #include "import_fixture.hpp"
-#include "memory_backend.hpp"
+#include "storage/checksum.hpp"
 
 using namespace sluice;
 using namespace sluice::test;
@@ -427,23 +429,38 @@ TEST_CASE("quantizations that are not read are refused with what to import inste
   }
 }
 
-TEST_CASE("a backend that does not gather its inputs refuses a model in act-order") {
+TEST_CASE("a column permutation that leads out of its matrix, or is damaged, is refused") {
   PackedFolder folder({Form::gptq_v1, 32, false, true, "F16"}, 11);
   REQUIRE(folder.run());
-  storage::Container container = folder.container();
-  backend::Shape shape = exec::Engine::shape_of(container.manifest());
-  shape.context = backend::kKvBlockTokens;
-  shape.max_logit_rows = 1;
-  const plan::Inputs inputs{
-      .device_budget_bytes = kGiB, .max_rows = 1, .fixed_need = [](uint32_t) { return plan::FixedNeed(); }};
-  auto planned = plan::make_plan(container.manifest(), inputs);
-  REQUIRE(planned);
-  const auto engine =
-      exec::Engine::open(std::move(container), std::move(*planned), std::make_unique<MemoryBackend>(), shape, {});
-  REQUIRE_FALSE(engine);
-  CHECK(engine.error().code == ErrorCode::unsupported);
-  CHECK(mentions(engine.error(),
-                 "q_proj.weight has its columns in act-order, which the memory backend does not compute"));
+  const storage::Container container = folder.container();
+  CHECK(container.check_permutations());
+  const storage::Tensor* tensor = container.find(Role::q, 0);
+  REQUIRE(tensor != nullptr);
+  const std::string path = container.path() + "-changed";
+  std::vector<std::byte> bytes = file_bytes_of(container.path());
+  const uint32_t beyond = tensor->cols;
+  std::byte* const entry = bytes.data() + tensor->plane(PlaneKind::perm)->offset + 5 * sizeof beyond;
+  std::memcpy(entry, &beyond, sizeof beyond);
+  std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(bytes.data()),
+                                              static_cast<std::streamsize>(bytes.size()));
+  const auto error_of = [&] {
+    const auto changed = storage::Container::open(path);
+    REQUIRE(changed);
+    const Status checked = changed->check_permutations();
+    REQUIRE_FALSE(checked);
+    CHECK(checked.error().code == ErrorCode::corrupt);
+    return checked.error();
+  };
+  CHECK(mentions(error_of(), "checksum"));
+  rewrite_manifest(path, path, [&](storage::Manifest& manifest) {
+    for (storage::Tensor& one : manifest.tensors) {
+      if (one.name != tensor->name) continue;
+      for (storage::Plane& plane : one.planes) {
+        if (plane.kind == PlaneKind::perm) plane.block_sums[0] = storage::checksum({bytes.data() + plane.offset, plane.bytes});
+      }
+    }
+  }, false);
+  CHECK(mentions(error_of(), "q_proj.weight': its column permutation has column 128 of 128"));
 }
 
 TEST_CASE("folders of older writers say how they were quantized in a file of its own") {

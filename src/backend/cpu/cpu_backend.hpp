@@ -40,7 +40,6 @@ class CpuBackend final : public Backend {
   const char* name() const override { return "cpu"; }
   std::string device_name() const override;
   bool computes_in_host_memory() const override { return true; }
-  bool gathers_inputs() const override { return true; }
   uint64_t preferred_copy_bytes() const override;
 
   MemoryNeed memory_need(const Shape& shape) const override;

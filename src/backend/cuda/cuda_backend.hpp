@@ -120,6 +120,7 @@ class CudaBackend final : public Backend {
   cudaError_t begin(const Target& target) const;
   cudaError_t rms_norm(const Op& op, const Target& target) const;
   cudaError_t matmul(const Op& op, const Target& target) const;
+  cudaError_t multiply(const Op& op, int first, int last, const MatmulInput& in, const Target& target) const;
   cudaError_t head_norm_rope(const Op& op, const Target& target) const;
   cudaError_t attention(const Op& op, const Target& target) const;
   cudaError_t swiglu(const Target& target) const;

@@ -102,22 +102,42 @@ MatmulInput CudaBackend::input(Slot from) const {
   }
 }
 
-// Matrices of the same input go in one call.
+// Matrices that take the same input in the same order go in one call.
 cudaError_t CudaBackend::matmul(const Op& op, const Target& target) const {
   SLUICE_CHECK(op.weight_count >= 1 && op.weight_count <= kMaxWeights);
   const MatmulInput in = input(op.in);
   if (in.x == nullptr) return cudaErrorNotSupported;  // no such input in any architecture
+  for (int first = 0, last = 0; first < op.weight_count; first = last) {
+    const Weight& weight = op.weights[first];
+    for (last = first + 1; last < op.weight_count && same_order(weight, op.weights[last]);) ++last;
+    MatmulInput ordered = in;
+    if (weight.has_perm) {
+      auto* gathered = scratch<__half>(scratch_.gathered);
+      const auto* perm = reinterpret_cast<const uint32_t*>(at(weight.perm, uint64_t{weight.cols} * sizeof(uint32_t)));
+      SLUICE_CHECK(shape_.gathers && weight.cols == in.cols);
+      const cudaError_t code = sluice::cuda::launch_gather_columns(
+          {.x = in.x, .perm = perm, .rows = target.rows, .width = in.cols, .out = gathered,
+           .programmatic = target.programmatic}, target.stream);
+      if (code != cudaSuccess) return code;
+      ordered.x = gathered;
+    }
+    if (const cudaError_t code = multiply(op, first, last, ordered, target); code != cudaSuccess) return code;
+  }
+  return cudaSuccess;
+}
+
+// Weights [first, last) of the operation.
+cudaError_t CudaBackend::multiply(const Op& op, int first, int last, const MatmulInput& in, const Target& target) const {
   MatmulCall call;
   call.x = in.x;
   call.row_scale = in.row_scale;
   call.ldx = in.ldx;
   call.rows = target.rows;
-  call.parts = op.weight_count;
-  for (int i = 0; i < op.weight_count; ++i) {
+  for (int i = first; i < last; ++i) {
     const Weight& weight = op.weights[i];
     SLUICE_CHECK(weight.cols == width(op.in) && weight.rows == width(op.out[i]) && op.in != op.out[i]);
     SLUICE_CHECK(op.out[i] != Slot::logits || target.rows <= shape_.max_logit_rows);
-    MatmulPart& part = call.part[i];
+    MatmulPart& part = call.part[call.parts++];
     part.weight = {.format = format_of(weight.scheme), .rows = weight.rows, .cols = weight.cols,
                    .group_elems = weight.group_elems, .scale = weight.scale,
                    .values = at(weight.values, value_bytes(weight.scheme, weight.rows, weight.cols))};

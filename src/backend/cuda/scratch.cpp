@@ -83,6 +83,7 @@ ScratchLayout::ScratchLayout(const Shape& shape) {
   place_float(Slot::up, shape.ffn, rows);
   place_float(Slot::logits, shape.vocab, shape.max_logit_rows);
   gate_x = reserve(x_bytes(shape.ffn));
+  if (shape.gathers) gathered = reserve(x_bytes(std::max({shape.hidden, q_width, shape.ffn})));
   normed_scale = reserve(rows * sizeof(float));
   gate_scale = reserve(rows * sizeof(float));
   for (uint64_t* table : {&sessions, &positions, &selected}) *table = reserve(rows * sizeof(uint32_t));

@@ -17,6 +17,7 @@ struct ScratchLayout {
   std::array<uint64_t, kSlots> slots{};
   std::array<uint32_t, kSlots> widths{};
   uint64_t gate_x = 0;                    // half [max_rows][x_stride(ffn)]
+  uint64_t gathered = 0;                  // X of the widest input, where shape.gathers
   uint64_t normed_scale = 0;              // float [max_rows]
   uint64_t gate_scale = 0;                // float [max_rows]
   uint64_t sessions = 0, positions = 0, selected = 0;   // uint32 [max_rows]

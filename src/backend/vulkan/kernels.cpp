@@ -22,6 +22,9 @@ constexpr uint32_t kAttention[] = {
 constexpr uint32_t kAttentionMerge[] = {
 #include "shaders/attention_merge.inc"
 };
+constexpr uint32_t kGatherColumns[] = {
+#include "shaders/gather_columns.inc"
+};
 constexpr uint32_t kHalveX[] = {
 #include "shaders/halve_x.inc"
 };
@@ -67,6 +70,7 @@ std::span<const uint32_t> Kernels::words_of(Shader shader) {
   switch (shader) {
     case Shader::attention: return kAttention;
     case Shader::attention_merge: return kAttentionMerge;
+    case Shader::gather_columns: return kGatherColumns;
     case Shader::halve_x: return kHalveX;
     case Shader::head_norm_rope: return kHeadNormRope;
     case Shader::matmul_int4_matrix: return kMatmulInt4Matrix;
@@ -226,6 +230,10 @@ VkResult Kernels::swiglu(VkCommandBuffer commands, const shaders::SwigluArgument
 
 VkResult Kernels::select_rows(VkCommandBuffer commands, const shaders::SelectRowsArguments& args) {
   return dispatch(commands, Shader::select_rows, {}, args, {.x = blocks(args.width, 256)});
+}
+
+VkResult Kernels::gather_columns(VkCommandBuffer commands, const shaders::GatherColumnsArguments& args, uint32_t rows) {
+  return dispatch(commands, Shader::gather_columns, {}, args, {.x = blocks(x_stride(args.width), 256), .y = rows});
 }
 
 // Enough workgroups for any GPU to be full.

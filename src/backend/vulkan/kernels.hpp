@@ -60,11 +60,12 @@ class Kernels {
   VkResult attention_merge(VkCommandBuffer commands, const shaders::AttentionMergeArguments& args, uint32_t rows);
   VkResult swiglu(VkCommandBuffer commands, const shaders::SwigluArguments& args, uint32_t rows);
   VkResult select_rows(VkCommandBuffer commands, const shaders::SelectRowsArguments& args);
+  VkResult gather_columns(VkCommandBuffer commands, const shaders::GatherColumnsArguments& args, uint32_t rows);
   VkResult memory_read(VkCommandBuffer commands, const shaders::MemoryReadArguments& args);
 
  private:
   enum class Shader : uint8_t {
-    attention, attention_merge, halve_x, head_norm_rope, matmul_int4_matrix, matvec_f16, matvec_f32, matvec_int4,
+    attention, attention_merge, gather_columns, halve_x, head_norm_rope, matmul_int4_matrix, matvec_f16, matvec_f32, matvec_int4,
     matvec_int4_matrix, matvec_int8, memory_read, rms_norm, select_rows, swiglu, count
   };
   static constexpr size_t kMostConstants = 4;

@@ -38,6 +38,7 @@ ScratchLayout::ScratchLayout(const Shape& shape) {
   place(Slot::logits, shape.vocab, uint64_t{shape.max_logit_rows} * shape.vocab);
   gate_x = reserve(rows * x_stride(shape.ffn) * sizeof(float));
   const uint32_t widest = std::max({shape.hidden, q_width, shape.ffn});
+  if (shape.gathers) gathered = reserve(rows * x_stride(widest) * sizeof(float));
   x_half = reserve(x_half_bytes(rows, widest));
   x_scale = reserve(x_scale_bytes(rows, widest));
   const uint64_t blocks = shape.sessions * ceil_div(shape.context, kKvBlockTokens);

@@ -17,6 +17,7 @@ struct ScratchLayout {
   std::array<uint64_t, kSlots> slots{};
   std::array<uint32_t, kSlots> widths{};
   uint64_t gate_x = 0;                    // X [max_rows][ffn]
+  uint64_t gathered = 0;                  // X of the widest input, where shape.gathers
   uint64_t x_half = 0, x_scale = 0;       // half form of the X that a matmul reads, widest of all
   uint64_t table = 0;                     // uint32 [3][max_rows]: sessions, positions, selected;
   uint64_t block_table = 0;               // ... behind it [sessions][context / kKvBlockTokens]

@@ -109,6 +109,7 @@ class VulkanBackend final : public Backend {
   void begin(VkCommandBuffer commands, uint32_t rows) const;
   VkResult rms_norm(VkCommandBuffer commands, const Op& op, uint32_t rows) const;
   VkResult matmul(VkCommandBuffer commands, const Op& op, uint32_t rows) const;
+  VkResult multiply(VkCommandBuffer commands, const Op& op, int first, int last, VkDeviceAddress x, uint32_t rows) const;
   VkResult head_norm_rope(VkCommandBuffer commands, const Op& op, uint32_t rows) const;
   VkResult attention(VkCommandBuffer commands, const Op& op, uint32_t rows) const;
   VkResult swiglu(VkCommandBuffer commands, uint32_t rows) const;

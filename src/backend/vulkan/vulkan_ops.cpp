@@ -104,12 +104,34 @@ VkResult VulkanBackend::rms_norm(VkCommandBuffer commands, const Op& op, uint32_
                                        .eps = shape_.norm_eps}, rows);
 }
 
-// Matrices of one operation write different slots: no barrier between them.
+// Matrices that take the input in the same order share its gathered and its half form.
 VkResult VulkanBackend::matmul(VkCommandBuffer commands, const Op& op, uint32_t rows) const {
   SLUICE_CHECK(op.weight_count >= 1 && op.weight_count <= kMaxWeights);
   SLUICE_CHECK(op.in == Slot::normed || op.in == Slot::attended || op.in == Slot::gate);
   const VkDeviceAddress x = op.in == Slot::gate ? scratch(scratch_.gate_x) : slot(op.in);
-  const bool any_int4 = std::any_of(op.weights, op.weights + op.weight_count,
+  for (int first = 0, last = 0; first < op.weight_count; first = last) {
+    const Weight& weight = op.weights[first];
+    for (last = first + 1; last < op.weight_count && same_order(weight, op.weights[last]);) ++last;
+    if (first > 0) full_barrier(device_->vk, commands);   // those before may still read what is written here
+    VkDeviceAddress ordered = x;
+    if (weight.has_perm) {
+      SLUICE_CHECK(shape_.gathers && weight.cols == width(op.in));
+      ordered = scratch(scratch_.gathered);
+      const VkResult code = kernels_->gather_columns(
+          commands, {.x = x, .perm = at(weight.perm, uint64_t{weight.cols} * sizeof(uint32_t)), .gathered = ordered,
+                     .width = weight.cols}, rows);
+      if (code != VK_SUCCESS) return code;
+      full_barrier(device_->vk, commands);
+    }
+    if (const VkResult code = multiply(commands, op, first, last, ordered, rows); code != VK_SUCCESS) return code;
+  }
+  return VK_SUCCESS;
+}
+
+// Weights [first, last) of the operation. They write different slots: no barrier between them.
+VkResult VulkanBackend::multiply(VkCommandBuffer commands, const Op& op, int first, int last, VkDeviceAddress x,
+                                 uint32_t rows) const {
+  const bool any_int4 = std::any_of(op.weights + first, op.weights + last,
                                     [](const Weight& weight) { return weight.scheme == Scheme::int4; });
   const bool halved = any_int4 && kernels_->uses_matrices();
   if (halved) {
@@ -119,7 +141,7 @@ VkResult VulkanBackend::matmul(VkCommandBuffer commands, const Op& op, uint32_t 
     if (code != VK_SUCCESS) return code;
     full_barrier(device_->vk, commands);
   }
-  for (int i = 0; i < op.weight_count; ++i) {
+  for (int i = first; i < last; ++i) {
     const Weight& weight = op.weights[i];
     SLUICE_CHECK(weight.cols == width(op.in) && weight.rows == width(op.out[i]) && op.in != op.out[i]);
     SLUICE_CHECK(op.out[i] != Slot::logits || rows <= shape_.max_logit_rows);
