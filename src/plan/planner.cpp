@@ -53,14 +53,19 @@ uint64_t take_evenly(const std::vector<uint32_t>& items, uint64_t budget, Size s
   return taken;
 }
 
-// The same for matrices, of which the bases come first: a residual is worth its place only when no base is streamed.
+// The same for matrices, of which the bases come first: residuals have what is left once `budget` holds every base.
+// Otherwise what is left, less than the smallest base not taken, stays unused.
 template <class Take>
 uint64_t take_bases_first(const Manifest& manifest, const std::vector<uint32_t>& items, uint64_t budget, Take take) {
   const auto size = [&](uint32_t i) { return manifest.tensors[i].padded_bytes(); };
   std::vector<uint32_t> bases, residuals;
   for (const uint32_t i : items) (manifest.tensors[i].is_residual ? residuals : bases).push_back(i);
-  const uint64_t taken = take_evenly(bases, budget, size, take);
-  return taken + take_evenly(residuals, budget - taken, size, take);
+  size_t left = bases.size();
+  const uint64_t taken = take_evenly(bases, budget, size, [&](uint32_t i) {
+    --left;
+    take(i);
+  });
+  return left > 0 ? taken : taken + take_evenly(residuals, budget - taken, size, take);
 }
 
 struct Placement {
@@ -99,6 +104,19 @@ bool place(const Manifest& manifest, const std::vector<uint32_t>& matrices, uint
   out.resident_bytes = pinned + take_bases_first(manifest, rest, room - pinned - out.ring_bytes,
                                                  [&](uint32_t i) { out.resident[i] = true; });
   return true;
+}
+
+// Whether no residual is resident while a base is streamed. lm_head's may be beside its own base: the pair is pinned
+// where a ring for it would take more room from the layers' bases.
+bool bases_come_first(const Manifest& manifest, const std::vector<uint32_t>& matrices,
+                      const std::vector<bool>& resident) {
+  bool base_streamed = false, residual_resident = false;
+  for (const uint32_t i : matrices) {
+    const Tensor& tensor = manifest.tensors[i];
+    if (!tensor.is_residual) base_streamed |= !resident[i];
+    else residual_resident |= resident[i] && (tensor.layer >= 0 || !resident[i - 1]);
+  }
+  return !base_streamed || !residual_resident;
 }
 
 // Gives each streamed tensor its place and finds, for each, the nearest earlier one that it overwrites.
@@ -177,22 +195,14 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
     }
   }
 
-  // The smallest budget: one row a pass, and the best choice of which large matrices to pin.
+  // The smallest budget: one row a pass, and a ring for the largest matrix. Pinning it would take as much, and a ring.
   const auto fixed_bytes = [&](uint32_t rows) {
     const FixedNeed need = inputs.fixed_need(rows);
     return need.kv_bytes + need.scratch_bytes + need.overhead_bytes + vector_bytes;
   };
-  uint64_t least_weights = UINT64_MAX;
+  const uint64_t least_weights = matrices.empty() || inputs.in_place ? 0 : *sizes.rbegin();
   uint64_t matrix_bytes = 0;
   for (const uint32_t i : matrices) matrix_bytes += manifest.tensors[i].padded_bytes();
-  for (const uint64_t largest : sizes) {
-    uint64_t pinned = 0;
-    for (const uint32_t i : matrices) {
-      if (manifest.tensors[i].padded_bytes() > largest) pinned += manifest.tensors[i].padded_bytes();
-    }
-    least_weights = std::min(least_weights, pinned + largest);
-  }
-  if (matrices.empty() || inputs.in_place) least_weights = 0;
   const uint64_t smallest_fixed = fixed_bytes(inputs.max_rows != 0 ? inputs.max_rows : 1);
   plan.smallest_device_bytes = smallest_fixed + least_weights;
   if (inputs.device_budget_bytes < plan.smallest_device_bytes) {
@@ -214,7 +224,8 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
   plan.overhead_bytes = need.overhead_bytes;
   const uint64_t room = inputs.device_budget_bytes - fixed_bytes(plan.max_rows);
 
-  // Everything fits, or the choice of pinned matrices that leaves the fewest bytes to stream.
+  // Everything fits, or of the choices of pinned matrices that put bases first the one with the fewest bytes to stream.
+  // There is one: a ring for the largest pins nothing.
   Placement best;
   if (matrix_bytes <= room) {
     best.resident.assign(manifest.tensors.size(), true);
@@ -226,6 +237,7 @@ Result<Plan> make_plan(const Manifest& manifest, const Inputs& inputs) {
     for (const uint64_t largest : sizes) {
       Placement candidate;
       if (!place(manifest, matrices, room, largest, candidate)) continue;
+      if (!bases_come_first(manifest, matrices, candidate.resident)) continue;
       if (best.resident.empty() || candidate.resident_bytes > best.resident_bytes) best = std::move(candidate);
     }
     SLUICE_CHECK(!best.resident.empty());

@@ -72,7 +72,8 @@ struct Plan {
 
 // Places the tensors of `manifest`. Vectors are always resident. Matrices become resident evenly through the layers, so
 // that copies have compute to hide behind; a matrix so large that streaming it would need a ring bigger than the room it
-// takes is pinned first. The prediction is
+// takes is pinned first. No residual is resident while a base is streamed, whatever its size, but lm_head's beside its
+// own base; none is in the host tier while a base is on disk. The prediction is
 //   t = max(disk / B_disk, (host + disk) / B_bus, (resident + host + disk) / B_device, t_compute).
 // In place there is no ring, no bus, and `stream` is empty; the tiers say where the bytes are.
 // Error: budget, naming the smallest device budget that would do.
