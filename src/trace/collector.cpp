@@ -18,7 +18,7 @@ using std::chrono::milliseconds;
 // Waking costs a core its caches, so that this thread sleeps as long as the rings allow: from kLongest on, it halves its
 // interval where one was a quarter full, and doubles it where none was a sixteenth. SmolLM2 on two cores writes 60,000
 // records a second.
-constexpr milliseconds kShortest{5}, kLongest{100};
+constexpr milliseconds kShortest{5}, kLongest{200};
 constexpr double kFull = 1.0 / 4, kEmpty = 1.0 / 16;
 constexpr milliseconds kReading{200};     // of the machine
 constexpr uint64_t kReadingsPerDrive = 5;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The recorder: tracks of 32-byte records, always on.
 //
-//   writer --record()--> ring of a track --collector, 10 to 200 times a second--> file (while a trace is being written)
+//   writer --record()--> ring of a track --collector, 5 to 200 times a second--> file (while a trace is being written)
 //
 // A track has one writer at a time, so writing is four stores and a publishing one: no lock, no system call, no
 // allocation, and no look at who reads. The ring overwrites its oldest records; a collector that comes too late finds
@@ -93,9 +93,9 @@ class Recorder {
 
   // Records that a track holds unless told otherwise.
   static constexpr uint32_t kCapacity = 1u << 14;
-  // ... those of sessions, of the thread that computes and of the one that prefetches. The smallest of models write 20 to
-  // 45 records a token in each, 250,000 a second: the ring lasts a quarter of a second, a collector sleeps a tenth at most.
-  static constexpr uint32_t kBusyCapacity = 1u << 16;
+  // ... those of sessions, of the thread that computes and of the one that prefetches. The smallest of models write 20
+  // to 45 records a token in each, 250,000 a second: the ring lasts half a second, a collector sleeps a fifth at most.
+  static constexpr uint32_t kBusyCapacity = 1u << 17;
 
   // A new track. Any thread; allocates.
   Track& add_track(std::string name, uint32_t capacity = kCapacity);

@@ -36,8 +36,8 @@ Result<double> generate(Session& session, uint32_t tokens) {
   return seconds_since(begin);
 }
 
-// Timed from 50 to 250 ms after the trace began: its start has passed, and the collector, which wakes every 100 ms and
-// reads the machine every 200, does so as often as it does in a long run.
+// Timed from 50 to 250 ms after the trace began: its start has passed, and the collector, which wakes and reads the
+// machine every 200 ms, does so as often as it does in a long run.
 constexpr double kBefore = 0.050, kTimed = 0.200;
 
 // From the same place every time, so that both halves of a pair do the same work.

@@ -68,7 +68,7 @@ TEST_CASE("a ring is taken in pieces: nothing twice, nothing left out, the lost 
 TEST_CASE("a busy ring outlasts a collector's longest sleep, twice, with the fastest of models") {
   Track track(0, "engine", Recorder::kBusyCapacity);
   track.populate();
-  constexpr uint64_t kRecords = 50'000;   // 0.2 s at 250,000 a second
+  constexpr uint64_t kRecords = 100'000;   // 0.4 s at 250,000 a second
   for (uint64_t i = 0; i < kRecords; ++i) track.record(Kind::norm, i, i + 1);
   const auto [records, taken] = take(track, 0, kRecords);
   CHECK((records.size() == kRecords && taken.next == kRecords && taken.dropped == 0));
