@@ -15,7 +15,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <optional>
+#include <system_error>
 
 #include "base/check.hpp"
 #include "base/handles.hpp"
@@ -42,28 +44,32 @@ std::string folder_of(const std::string& path) {
 // Opens and locks `temp`. A leftover of a process that died and had our id (always 1 in some containers) is taken over;
 // one that a live writer holds is not.
 Result<UniqueFd> create_temporary(const std::string& temp, const std::string& path) {
-  for (int attempt = 0; attempt < 16; ++attempt) {
-    UniqueFd fd(::open(temp.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644));
-    if (!fd) {
-      const int code = errno;
-      const std::string folder = folder_of(path);
-      if (code == ENOENT) {
-        return fail(ErrorCode::not_found, fmt::format("{}: cannot create it: there is no folder {}", path, folder),
-                    code);
-      }
-      return fail(ErrorCode::io, fmt::format("{}: cannot create {}: {}", path, temp, std::strerror(code)), code);
-    }
-    if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
-      return fail(ErrorCode::usage, fmt::format("{}: is being written already (by {})", path, temp), EWOULDBLOCK);
-    }
-    // The other writer may have renamed or removed the file between our open and our lock.
-    struct stat opened = {}, named = {};
-    if (::fstat(fd.get(), &opened) == 0 && ::lstat(temp.c_str(), &named) == 0 && opened.st_ino == named.st_ino &&
-        opened.st_dev == named.st_dev && ::ftruncate(fd.get(), 0) == 0) {
-      return fd;
-    }
+  Result<UniqueFd> fd = open_locked(temp, O_RDWR | O_CREAT | O_NOFOLLOW);
+  if (fd && ::ftruncate(fd->get(), 0) == 0) return fd;
+  const int code = fd ? errno : fd.error().os_code;
+  if (code == ENOENT) {
+    return fail(ErrorCode::not_found,
+                fmt::format("{}: cannot create it: there is no folder {}", path, folder_of(path)), code);
   }
-  return fail(ErrorCode::io, fmt::format("{}: cannot keep hold of {}", path, temp));
+  if (code == EWOULDBLOCK) {
+    return fail(ErrorCode::usage, fmt::format("{}: is being written already (by {})", path, temp), code);
+  }
+  return fail(ErrorCode::io, fmt::format("{}: cannot create {}: {}", path, temp, std::strerror(code)), code);
+}
+
+// Temporary files of writers that were killed, whose locks are free. What cannot be removed only takes up space.
+void remove_leftovers(const std::string& path) {
+  const std::string folder = folder_of(path);
+  const std::string prefix = path.substr(path.rfind('/') + 1) + ".tmp-";
+  std::error_code error;
+  for (std::filesystem::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    if (!name.starts_with(prefix) || name.size() == prefix.size()) continue;
+    if (name.find_first_not_of("0123456789", prefix.size()) != std::string::npos) continue;
+    const std::string leftover = folder + "/" + name;
+    const UniqueFd fd(::open(leftover.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+    if (fd && ::flock(fd.get(), LOCK_EX | LOCK_NB) == 0 && is_named(fd, leftover)) ::unlink(leftover.c_str());
+  }
 }
 
 }  // namespace
@@ -105,7 +111,8 @@ struct ContainerWriter::State {
     return {};
   }
 
-  Status write_failed(int code) {
+  // `reached`: the file offset at which it did.
+  Status write_failed(int code, uint64_t reached) {
     std::string reason = std::strerror(code);
     if (code == ENOSPC || code == EDQUOT) {
       reason = fmt::format("{} after {}, {} more are needed at least; free some space or choose another drive",
@@ -113,7 +120,7 @@ struct ContainerWriter::State {
                            format_bytes(position()), format_bytes(known_missing_bytes()));
     } else if (code == EFBIG) {
       reason = fmt::format("the file may not grow beyond {} here (ulimit -f, or a file system such as FAT32)",
-                           format_bytes(flushed));
+                           format_bytes(reached));
     }
     failed = Error{ErrorCode::io, fmt::format("{}: write failed: {}", path, reason), code};
     return fail(*failed);
@@ -147,8 +154,8 @@ struct ContainerWriter::State {
         set_direct(false);
         continue;
       }
-      if (n < 0) return write_failed(errno);
-      if (n == 0) return write_failed(ENOSPC);  // POSIX leaves it open; no progress means no room
+      if (n < 0) return write_failed(errno, offset);
+      if (n == 0) return write_failed(ENOSPC, offset);  // POSIX leaves it open; no progress means no room
       data = data.subspan(static_cast<size_t>(n));
       offset += static_cast<uint64_t>(n);
     }
@@ -177,7 +184,7 @@ struct ContainerWriter::State {
   // Only I/O errors count: they are reported once, here or by fsync. Where the call is refused, fsync does it all.
   Status sync_range(uint64_t offset, unsigned flags) {
     if (::sync_file_range(fd.get(), static_cast<off64_t>(offset), kWritebackBytes, flags) == 0) return {};
-    if (errno == EIO || errno == ENOSPC || errno == EDQUOT) return write_failed(errno);
+    if (errno == EIO || errno == ENOSPC || errno == EDQUOT) return write_failed(errno, offset);
     return {};
   }
 
@@ -218,7 +225,7 @@ struct ContainerWriter::State {
   }
 
   Status sync_and_rename() {
-    if (::fsync(fd.get()) != 0) return write_failed(errno);
+    if (::fsync(fd.get()) != 0) return write_failed(errno, flushed);
     if (::rename(temp.c_str(), path.c_str()) != 0) {
       const int code = errno;
       return fail(ErrorCode::io, fmt::format("{}: cannot rename {} to it: {}", path, temp, std::strerror(code)), code);
@@ -251,6 +258,7 @@ Result<ContainerWriter> ContainerWriter::create(const std::string& path) {
   state->temp = fmt::format("{}.tmp-{}", path, ::getpid());
   SLUICE_TRY_ASSIGN(fd, create_temporary(state->temp, path));
   state->fd = std::move(fd);
+  remove_leftovers(path);
   SLUICE_TRY_ASSIGN(buffer, Mapping::anonymous(kBufferBytes, path + ": write buffer"));
   state->buffer = std::move(buffer);
   state->set_direct(true);

@@ -13,7 +13,7 @@
 namespace sluice::storage {
 
 // Writes to `path` + ".tmp-<pid>" in the same folder. If it is destroyed before `finish` succeeds, the temporary file is
-// removed and `path` is as it was. One thread.
+// removed and `path` is as it was. What killed writers of `path` left is removed at the start. One thread.
 class ContainerWriter {
  public:
   static Result<ContainerWriter> create(const std::string& path);

@@ -37,7 +37,9 @@ inline void save(const std::string& path, std::span<const uint8_t> bytes) {
 }
 
 // ggml's numbers of the types that tests write.
-enum class GgmlType : uint32_t { f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q8_0 = 8, bf16 = 30 };
+enum class GgmlType : uint32_t {
+  f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q8_0 = 8, q4_k = 12, q6_k = 14, bf16 = 30
+};
 
 struct GgufMaker {
   struct Tensor {
@@ -138,22 +140,30 @@ inline MadeWeights make_weights(GgmlType type, uint64_t elems, std::mt19937& ran
   return made;
 }
 
-// The smallest llama that GGUF's block types allow: one layer, every matrix of `type`, vectors F32. `weights` gets what
-// each matrix holds, rows in the file's order.
+// The smallest that blocks of 32 weights allow.
+struct GgufShape {
+  uint32_t hidden = 64, heads = 2, kv_heads = 1, head_dim = 32, ffn = 96, vocab = 48;
+};
+
+// A llama of one layer, every matrix of `type`, vectors F32. `weights` gets what each matrix holds, rows in the file's
+// order.
 struct TinyGguf {
-  static constexpr uint32_t kHidden = 64, kHeads = 2, kKvHeads = 1, kHeadDim = 32, kFfn = 96, kVocab = 48;
+  static constexpr uint32_t kHidden = GgufShape().hidden, kHeadDim = GgufShape().head_dim;  // where no shape is given
   GgufMaker file;
   std::map<std::string, std::vector<float>> weights;
 
-  explicit TinyGguf(GgmlType type = GgmlType::q4_0, const std::string& architecture = "llama", uint32_t seed = 1) {
+  explicit TinyGguf(GgmlType type = GgmlType::q4_0, const std::string& architecture = "llama", uint32_t seed = 1,
+                    const GgufShape& shape = {}) {
+    const uint32_t hidden = shape.hidden;
+    const uint32_t q_rows = shape.heads * shape.head_dim, kv_rows = shape.kv_heads * shape.head_dim;
     std::mt19937 random(seed);
     file.key_text("general.architecture", architecture);
     const std::string prefix = architecture + ".";
     file.key_u32(prefix + "block_count", 1);
-    file.key_u32(prefix + "embedding_length", kHidden);
-    file.key_u32(prefix + "attention.head_count", kHeads);
-    file.key_u32(prefix + "attention.head_count_kv", kKvHeads);
-    file.key_u32(prefix + "feed_forward_length", kFfn);
+    file.key_u32(prefix + "embedding_length", hidden);
+    file.key_u32(prefix + "attention.head_count", shape.heads);
+    file.key_u32(prefix + "attention.head_count_kv", shape.kv_heads);
+    file.key_u32(prefix + "feed_forward_length", shape.ffn);
     file.key_u32(prefix + "context_length", 128);
     file.key_f32(prefix + "attention.layer_norm_rms_epsilon", 1e-5f);
     file.key_f32(prefix + "rope.freq_base", 10000.0f);
@@ -167,23 +177,42 @@ struct TinyGguf {
       weights[name] = std::move(made.values);
       file.tensors[name] = {{length}, GgmlType::f32, std::move(made.data)};
     };
-    matrix("token_embd.weight", kVocab, kHidden);
-    matrix("output.weight", kVocab, kHidden);
-    matrix("blk.0.attn_q.weight", kHeads * kHeadDim, kHidden);
-    matrix("blk.0.attn_k.weight", kKvHeads * kHeadDim, kHidden);
-    matrix("blk.0.attn_v.weight", kKvHeads * kHeadDim, kHidden);
-    matrix("blk.0.attn_output.weight", kHidden, kHeads * kHeadDim);
-    matrix("blk.0.ffn_gate.weight", kFfn, kHidden);
-    matrix("blk.0.ffn_up.weight", kFfn, kHidden);
-    matrix("blk.0.ffn_down.weight", kHidden, kFfn);
+    matrix("token_embd.weight", shape.vocab, hidden);
+    matrix("output.weight", shape.vocab, hidden);
+    matrix("blk.0.attn_q.weight", q_rows, hidden);
+    matrix("blk.0.attn_k.weight", kv_rows, hidden);
+    matrix("blk.0.attn_v.weight", kv_rows, hidden);
+    matrix("blk.0.attn_output.weight", hidden, q_rows);
+    matrix("blk.0.ffn_gate.weight", shape.ffn, hidden);
+    matrix("blk.0.ffn_up.weight", shape.ffn, hidden);
+    matrix("blk.0.ffn_down.weight", hidden, shape.ffn);
     for (const char* name : {"blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"}) {
-      vector(name, kHidden);
+      vector(name, hidden);
     }
     if (architecture == "qwen2") {
-      vector("blk.0.attn_q.bias", kHeads * kHeadDim);
-      vector("blk.0.attn_k.bias", kKvHeads * kHeadDim);
-      vector("blk.0.attn_v.bias", kKvHeads * kHeadDim);
+      vector("blk.0.attn_q.bias", q_rows);
+      vector("blk.0.attn_k.bias", kv_rows);
+      vector("blk.0.attn_v.bias", kv_rows);
     }
+  }
+
+  // Replaces a matrix by random blocks of a K format, whose FP16 scales are about 0.01. What they mean is not derived
+  // here: `weights` loses it.
+  void put_k_blocks(const std::string& name, GgmlType type, std::mt19937& random) {
+    GgufMaker::Tensor& tensor = file.tensors.at(name);
+    const uint64_t blocks = tensor.shape[0] * tensor.shape[1] / 256;
+    const size_t bytes = type == GgmlType::q4_k ? 144 : 210;
+    tensor.type = type;
+    tensor.data.resize(blocks * bytes);
+    for (uint8_t& byte : tensor.data) byte = static_cast<uint8_t>(random());
+    for (uint64_t block = 0; block < blocks; ++block) {
+      // Q4_K: d and dmin come first. Q6_K: d comes last.
+      for (const size_t at : type == GgmlType::q4_k ? std::vector<size_t>{0, 2} : std::vector<size_t>{208}) {
+        const uint16_t scale = half_from_float(std::uniform_real_distribution<float>(0.005f, 0.01f)(random));
+        std::memcpy(tensor.data.data() + block * bytes + at, &scale, sizeof scale);
+      }
+    }
+    weights.erase(name);
   }
 };
 

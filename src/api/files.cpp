@@ -17,6 +17,7 @@
 #include "import/import.hpp"
 #include "import/tokenizer_json.hpp"
 #include "model/tokenizer.hpp"
+#include "model/utf8.hpp"
 #include "sluice/sluice.hpp"
 #include "storage/container.hpp"
 #include "storage/sigbus_guard.hpp"
@@ -43,9 +44,18 @@ std::optional<import::Weights> weights_of(const std::optional<WeightFormat>& for
 }
 
 ImportReport report_of(const import::Report& report) {
+  std::vector<RequantizationLoss> losses;
+  for (const import::RequantizationLoss& loss : report.losses) {
+    losses.push_back({.type = import::name_of(loss.type),
+                      .scheme = std::string(storage::name_of(loss.scheme)),
+                      .group = loss.group_elems,
+                      .tensors = loss.tensors,
+                      .relative_error = loss.relative_error});
+  }
   return {.tensors = report.tensors,
           .bytes = report.bytes,
           .requantized = report.requantized,
+          .losses = std::move(losses),
           .seconds = report.seconds};
 }
 
@@ -210,6 +220,8 @@ Result<ImportReport> synth_model(const SynthOptions& options) {
   SLUICE_TRY_ASSIGN(report, import::synth_model(inner));
   return report_of(report);
 }
+
+Status check_utf8(std::string_view text, const std::string& name) { return model::check_utf8(text, name); }
 
 Result<std::string> inspect_json(const std::string& path) {
   SLUICE_TRY_ASSIGN(container, storage::Container::open(path));

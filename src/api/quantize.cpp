@@ -38,6 +38,7 @@ Result<QuantizeReport> quantize_model(const QuantizeOptions& options) {
                         .bytes = report.bytes,
                         .resumed_layers = report.resumed_layers,
                         .bits_per_weight = report.bits_per_weight,
+                        .residual_bits_per_weight = report.residual_bits_per_weight,
                         .seconds = report.seconds,
                         .weights_per_second = report.weights_per_second,
                         .json = std::move(report.json)};

@@ -3,11 +3,15 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "base/units.hpp"
 
@@ -78,6 +82,25 @@ Result<UniqueFd> open_file(const std::string& path, int flags) {
     return fail(code, fmt::format("{}: cannot open: {}", path, std::strerror(errno)), errno);
   }
   return UniqueFd(fd);
+}
+
+Result<UniqueFd> open_locked(const std::string& path, int flags) {
+  // A lock is asked for again: whoever clears leftovers away holds each for a moment.
+  for (int attempt = 0; attempt < 16; ++attempt) {
+    SLUICE_TRY_ASSIGN(fd, open_file(path, flags));
+    if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      continue;
+    }
+    if (is_named(fd, path)) return fd;
+  }
+  return fail(ErrorCode::usage, fmt::format("{}: another process holds it; wait until it ends", path), EWOULDBLOCK);
+}
+
+bool is_named(const UniqueFd& fd, const std::string& path) {
+  struct stat opened = {}, named = {};
+  return ::fstat(fd.get(), &opened) == 0 && ::lstat(path.c_str(), &named) == 0 && opened.st_ino == named.st_ino &&
+         opened.st_dev == named.st_dev;
 }
 
 Status read_exactly(int fd, std::span<std::byte> out, uint64_t offset, const std::string& path) {

@@ -55,6 +55,14 @@ class Mapping {
 // Opens `path` with open(2) flags; the message of a failure names the path and the reason.
 Result<UniqueFd> open_file(const std::string& path, int flags);
 
+// As open_file, and holds the file's lock (flock(2), exclusive) until it is closed; file systems that know no locks
+// give none. A file that its last holder removes or renames between opening and locking is not taken.
+// Errors: those of open_file; usage, with EWOULDBLOCK (another holds it).
+Result<UniqueFd> open_locked(const std::string& path, int flags);
+
+// Whether `path` is a name of the open file, no symbolic link to it.
+bool is_named(const UniqueFd& fd, const std::string& path);
+
 // Reads exactly `out.size()` bytes at `offset`, however many calls it takes. A file that ends early is `corrupt`.
 Status read_exactly(int fd, std::span<std::byte> out, uint64_t offset, const std::string& path);
 

@@ -15,22 +15,6 @@ namespace {
 
 constexpr uint64_t kMaxTextBytes = 1 * kGiB;
 
-Status check_utf8(const std::string& text, const std::string& path) {
-  for (size_t at = 0; at < text.size();) {
-    if (static_cast<unsigned char>(text[at]) < 0x80) {
-      ++at;
-      continue;
-    }
-    const model::Utf8Char next = model::next_utf8(std::string_view(text).substr(at));
-    if (next.state != model::Utf8State::valid) {
-      return fail(ErrorCode::corrupt,
-                  fmt::format("{}: the bytes at offset {} are not UTF-8; calibration takes text", path, at));
-    }
-    at += next.bytes;
-  }
-  return {};
-}
-
 // The texts of every line's object.
 Result<std::string> text_of_jsonl(const std::string& lines, const std::string& path) {
   std::string text;
@@ -60,7 +44,7 @@ Result<Windows> read_windows(const std::vector<std::string>& paths, const storag
   std::vector<int32_t> all;
   for (const std::string& path : paths) {
     SLUICE_TRY_ASSIGN(text, import::read_text_file(path, kMaxTextBytes));
-    SLUICE_TRY(check_utf8(text, path));
+    SLUICE_TRY(model::check_utf8(text, path));
     if (path.ends_with(".jsonl")) {
       SLUICE_TRY_ASSIGN(texts, text_of_jsonl(text, path));
       text = std::move(texts);

@@ -21,6 +21,7 @@
 #include "quant/rounding.hpp"
 #include "storage/checksum.hpp"
 #include "storage/container_writer.hpp"
+#include "storage/manifest_codec.hpp"
 
 namespace sluice::calibrate {
 namespace {
@@ -134,8 +135,14 @@ class Quantizer {
       files.push_back({file.path, info.st_size, info.st_mtim.tv_sec, info.st_mtim.tv_nsec});
     }
     SLUICE_TRY_ASSIGN(recipe, import::read_text_file(options_.recipe, kMaxRecipeBytes));
-    return Json{{"format", 1},
+    // A folder's config.json is none of those files; what comes of it is hashed as a container would hold it.
+    storage::Manifest model;
+    model.hyper = checkpoint_.manifest.hyper;
+    model.rope = checkpoint_.manifest.rope;
+    SLUICE_TRY_ASSIGN(encoded, storage::encode_manifest(model, options_.source));
+    return Json{{"format", 2},
                 {"source", std::move(files)},
+                {"model", storage::checksum(encoded)},
                 {"recipe", checksum_of_text(recipe)},
                 {"method", options_.method ? static_cast<int>(*options_.method) : -1},
                 {"backend", backend_},
@@ -171,7 +178,7 @@ class Quantizer {
     SLUICE_TRY_ASSIGN(what, job(windows));
     SLUICE_TRY_ASSIGN(work, WorkFolder::open(options_.output + ".work", what, options_.restart));
     report_.resumed_layers = work.layers_done();
-    windows_ = windows.count;
+    calibration_tokens_ = uint64_t{windows.count} * windows.window;
     const uint64_t steps = layer_steps(windows.count);
     done_ = steps * work.layers_done();
     total_ = steps * layers();
@@ -258,7 +265,7 @@ class Quantizer {
 
   Report finish_report() {
     // Weighted by size; every layer matrix that is not kept has an entry.
-    double bits = 0, weights = 0, of_this_run = 0;
+    double bits = 0, residual_bits = 0, weights = 0, of_this_run = 0;
     for (const SourceTensor& source : checkpoint_.tensors) {
       if (source.vector) continue;
       const bool resumed = source.layer >= 0 && static_cast<uint32_t>(source.layer) < report_.resumed_layers;
@@ -270,20 +277,23 @@ class Quantizer {
       bits +=
           size * (found != matrices_.end() ? (*found)["bits_per_weight"].get<double>()
                                            : 8.0 * import::block_bytes(source.type) / import::block_elems(source.type));
+      if (found != matrices_.end()) residual_bits += size * found->value("residual_bits_per_weight", 0.0);
       weights += size;
     }
     report_.bits_per_weight = bits / weights;
+    report_.residual_bits_per_weight = residual_bits / weights;
     if (report_.seconds > 0) report_.weights_per_second = of_this_run / report_.seconds;
-    const Json json = {{"source", options_.source},
-                       {"output", options_.output},
-                       {"recipe", options_.recipe},
-                       {"bytes", report_.bytes},
-                       {"bits_per_weight", report_.bits_per_weight},
-                       {"calibration_tokens", uint64_t{windows_} * options_.window},
-                       {"resumed_layers", report_.resumed_layers},
-                       {"seconds", report_.seconds},
-                       {"weights_per_second", report_.weights_per_second},
-                       {"matrices", matrices_}};
+    Json json = {{"source", options_.source},
+                 {"output", options_.output},
+                 {"recipe", options_.recipe},
+                 {"bytes", report_.bytes},
+                 {"bits_per_weight", report_.bits_per_weight}};
+    if (options_.residual) json["residual_bits_per_weight"] = report_.residual_bits_per_weight;
+    json.update({{"calibration_tokens", calibration_tokens_},
+                 {"resumed_layers", report_.resumed_layers},
+                 {"seconds", report_.seconds},
+                 {"weights_per_second", report_.weights_per_second},
+                 {"matrices", matrices_}});
     report_.json = json.dump(2, ' ', false, Json::error_handler_t::replace);
     return std::move(report_);
   }
@@ -295,7 +305,7 @@ class Quantizer {
   Report report_;
   std::string backend_;  // its name
   bool device_moments_ = false;  // summed and factored there, not on the host
-  uint32_t windows_ = 0;
+  uint64_t calibration_tokens_ = 0;
   uint64_t done_ = 0, total_ = 0;  // steps
 };
 

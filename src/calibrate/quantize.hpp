@@ -44,6 +44,7 @@ struct Report {
   uint64_t bytes = 0;           // of the file
   uint32_t resumed_layers = 0;  // that an earlier run had finished
   double bits_per_weight = 0;   // of the matrices in the layers, scales included
+  double residual_bits_per_weight = 0;  // ... of their residuals, besides
   double seconds = 0;
   double weights_per_second = 0;  // of the matrices that this run rounded
   std::string json;  // everything, with an entry for each matrix (docs/quantization.md)

@@ -20,6 +20,7 @@ namespace sluice::calibrate {
 namespace {
 
 using import::SourceTensor;
+using storage::PlaneKind;
 using storage::Role;
 using storage::Scheme;
 using storage::Tensor;
@@ -177,7 +178,7 @@ class LayerWork {
     std::vector<float> sequence(context_.states_floats());
     for (uint32_t w = 0; w < context_.windows; ++w) {
       if (!cols.empty()) {
-        SLUICE_TRY(work.read_states(states, layer_, w * sequence.size() * sizeof(float), sequence));
+        SLUICE_TRY(work.read_states(states, layer_, w, sequence));
         SLUICE_TRY(runner.run(sequence, tap));
       }
       say(1, "measuring inputs");
@@ -252,8 +253,9 @@ class LayerWork {
             losses[slab] = quant::loss_of(part, weights, rounded);
           }
           if (context_.options.residual && part.scheme == Scheme::int4) {
-            if (factor != nullptr) quant::add_residual_by_gptq(part, weights, *factor, rounded);
-            else quant::add_residual(part, weights, rounded);
+            losses[slab].fine_squares = factor != nullptr
+                                            ? quant::add_residual_by_gptq(part, weights, *factor, rounded)
+                                            : quant::add_residual(part, weights, rounded);
           }
           return rounded;
         }));
@@ -270,7 +272,7 @@ class LayerWork {
     SLUICE_TRY_ASSIGN(to, work.begin_states(layer_ + 1));
     std::vector<float> sequence(context_.states_floats());
     for (uint32_t w = 0; w < context_.windows; ++w) {
-      SLUICE_TRY(work.read_states(from, layer_, w * sequence.size() * sizeof(float), sequence));
+      SLUICE_TRY(work.read_states(from, layer_, w, sequence));
       SLUICE_TRY(runner.run(sequence, {}));
       SLUICE_TRY(work.append_states(to, layer_ + 1, sequence));
       say(1, "computing outputs");
@@ -292,16 +294,23 @@ Status quantize_layer(const LayerContext& context, uint32_t layer, WorkFolder& w
   return LayerWork(context, layer).run(work);
 }
 
-Json matrix_notes(const Tensor& tensor, const Choice& choice, const quant::RoundingLoss& loss, float damp) {
-  uint64_t bytes = storage::expected_plane_bytes(tensor, storage::PlaneKind::values);
-  bytes += storage::expected_plane_bytes(tensor, storage::PlaneKind::scales);
-  if (!choice.symmetric) bytes += storage::expected_plane_bytes(tensor, storage::PlaneKind::zeros);
+Json matrix_notes(Tensor tensor, const Choice& choice, const quant::RoundingLoss& loss, float damp) {
+  const auto bits_of = [&](PlaneKind kind) {
+    return 8.0 * static_cast<double>(storage::expected_plane_bytes(tensor, kind)) /
+           (double{1} * tensor.rows * tensor.cols);
+  };
   Json json = {{"name", tensor.name}, {"scheme", storage::name_of(tensor.scheme)}};
   if (tensor.group_elems != 0) json["group"] = tensor.group_elems;
   json["method"] = damp >= 0 ? "gptq" : "rtn";
   if (!choice.symmetric) json["symmetric"] = false;
-  json["bits_per_weight"] = 8.0 * static_cast<double>(bytes) / (double{1} * tensor.rows * tensor.cols);
-  json["relative_error"] = loss.weight_squares > 0 ? std::sqrt(loss.error_squares / loss.weight_squares) : 0.0;
+  json["bits_per_weight"] = bits_of(PlaneKind::values) + bits_of(PlaneKind::scales) +
+                            (choice.symmetric ? 0.0 : bits_of(PlaneKind::zeros));
+  json["relative_error"] = loss.relative(loss.error_squares);
+  if (loss.fine_squares) {
+    tensor.residual_group_elems = quant::kResidualGroup;
+    json["residual_bits_per_weight"] = bits_of(PlaneKind::residual) + bits_of(PlaneKind::residual_scales);
+    json["fine_relative_error"] = loss.relative(*loss.fine_squares);
+  }
   if (damp >= 0) {
     json["output_error"] = std::sqrt(loss.output_squares / tensor.rows) * std::ldexp(1.0, tensor.scale_exponent);
     json["damp"] = damp;

@@ -36,8 +36,8 @@ constexpr uint64_t layer_steps(uint32_t windows) { return 3 * uint64_t{windows};
 // A matrix that the recipe keeps is not in the file. Errors: those of quantize_model.
 Status quantize_layer(const LayerContext& context, uint32_t layer, WorkFolder& work);
 
-// The report's entry of a matrix. `damp` is negative without GPTQ.
-nlohmann::ordered_json matrix_notes(const storage::Tensor& tensor, const Choice& choice,
-                                    const quant::RoundingLoss& loss, float damp);
+// The report's entry of a matrix, with that of its residual where `loss` knows of one. `damp` is negative without GPTQ.
+nlohmann::ordered_json matrix_notes(storage::Tensor tensor, const Choice& choice, const quant::RoundingLoss& loss,
+                                    float damp);
 
 }  // namespace sluice::calibrate

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <span>
 #include <string_view>
 
 #include "import/toml_table.hpp"
@@ -14,6 +15,7 @@ namespace sluice::calibrate {
 namespace {
 
 using import::in_quotes;
+using import::SourceTensor;
 using import::TomlTable;
 using storage::Scheme;
 
@@ -22,8 +24,8 @@ Unexpected bad(const std::string& where, const std::string& what) {
 }
 
 // "0-3, 28, 30-31" into ranges.
-Result<std::vector<std::pair<int32_t, int32_t>>> parse_layers(std::string_view text, const std::string& where) {
-  std::vector<std::pair<int32_t, int32_t>> ranges;
+Result<std::vector<LayerRange>> parse_layers(std::string_view text, const std::string& where) {
+  std::vector<LayerRange> ranges;
   const auto number = [&](const char*& at) -> std::optional<int32_t> {
     int32_t value = 0;
     const auto [end, error] = std::from_chars(at, text.data() + text.size(), value);
@@ -119,12 +121,43 @@ Result<Measured> parse_measured(const toml::table& table, const std::string& pat
   return Measured{.model = std::move(model), .kl = kl, .kl_fine = has_fine ? std::optional(kl_fine) : std::nullopt};
 }
 
-bool matches(const Rule& rule, const import::SourceTensor& tensor) {
-  const auto in_layer = [&](const auto& range) { return range.first <= tensor.layer && tensor.layer <= range.second; };
-  if (!rule.layers.empty() && std::none_of(rule.layers.begin(), rule.layers.end(), in_layer)) return false;
-  return std::any_of(rule.patterns.begin(), rule.patterns.end(), [&](const std::string& pattern) {
+bool matches(std::span<const std::string> patterns, std::span<const LayerRange> layers, const SourceTensor& tensor) {
+  const auto in_layer = [&](const LayerRange& range) {
+    return range.first <= tensor.layer && tensor.layer <= range.second;
+  };
+  if (!layers.empty() && std::none_of(layers.begin(), layers.end(), in_layer)) return false;
+  return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& pattern) {
     return ::fnmatch(pattern.c_str(), tensor.name.c_str(), 0) == 0;
   });
+}
+
+// Every pattern and every range of a list matches a matrix, whichever rule takes it: one that does not is a typo, which
+// the others of its list would hide.
+Status check_parts(const Recipe& recipe, const Rule& rule, const std::vector<SourceTensor>& tensors) {
+  const auto idle = [&](std::span<const std::string> patterns, std::span<const LayerRange> layers) {
+    return std::none_of(tensors.begin(), tensors.end(), [&](const SourceTensor& tensor) {
+      return !tensor.vector && matches(patterns, layers, tensor);
+    });
+  };
+  const auto refuse = [&](const std::string& what) {
+    return fail(ErrorCode::usage,
+                fmt::format("{}: the rule in line {}: {}; correct it or leave it away", recipe.path, rule.line, what));
+  };
+  for (const std::string& pattern : rule.patterns) {
+    if (idle({&pattern, 1}, {})) return refuse(fmt::format("{} matches no matrix of this model", in_quotes(pattern)));
+  }
+  for (const LayerRange& range : rule.layers) {
+    if (!idle(rule.patterns, {&range, 1})) continue;
+    const std::string where = range.first == range.second ? fmt::format("layer {}", range.first)
+                                                          : fmt::format("layers {}-{}", range.first, range.second);
+    return refuse(fmt::format("no matrix that it names lies in {} of this model", where));
+  }
+  for (const std::string& pattern : rule.patterns) {
+    if (idle({&pattern, 1}, rule.layers)) {
+      return refuse(fmt::format("{} matches no matrix in the rule's layers", in_quotes(pattern)));
+    }
+  }
+  return {};
 }
 
 }  // namespace
@@ -153,15 +186,17 @@ Result<Recipe> read_recipe(const std::string& path) {
 }
 
 Result<std::vector<std::optional<Choice>>> apply_recipe(const Recipe& recipe,
-                                                        const std::vector<import::SourceTensor>& tensors,
+                                                        const std::vector<SourceTensor>& tensors,
                                                         std::optional<Method> method) {
+  for (const Rule& rule : recipe.rules) SLUICE_TRY(check_parts(recipe, rule, tensors));
   std::vector<std::optional<Choice>> choices(tensors.size());
   std::vector<bool> used(recipe.rules.size(), false);
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const import::SourceTensor& tensor = tensors[i];
+    const SourceTensor& tensor = tensors[i];
     if (tensor.vector) continue;
-    const auto rule = std::find_if(recipe.rules.begin(), recipe.rules.end(),
-                                   [&](const Rule& candidate) { return matches(candidate, tensor); });
+    const auto rule = std::find_if(recipe.rules.begin(), recipe.rules.end(), [&](const Rule& candidate) {
+      return matches(candidate.patterns, candidate.layers, tensor);
+    });
     if (rule == recipe.rules.end()) {
       return fail(ErrorCode::usage, fmt::format("{}: no rule matches tensor {}; end the recipe with a rule for \"*\"",
                                                 recipe.path, in_quotes(tensor.name)));
@@ -183,8 +218,8 @@ Result<std::vector<std::optional<Choice>>> apply_recipe(const Recipe& recipe,
   if (idle != used.end()) {
     const Rule& rule = recipe.rules[static_cast<size_t>(idle - used.begin())];
     return fail(ErrorCode::usage,
-                fmt::format("{}: the rule in line {} ({}) gets no tensor of this model: its pattern has a "
-                            "typo, or rules before it take all",
+                fmt::format("{}: the rule in line {} ({}) gets no tensor of this model, for rules before it take all; "
+                            "move it up or leave it away",
                             recipe.path, rule.line, in_quotes(rule.patterns.front())));
   }
   return choices;

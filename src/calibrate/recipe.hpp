@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "import/checkpoint.hpp"
@@ -23,10 +24,12 @@ struct Choice {
   bool symmetric = true;                  // of int4 by gptq
 };
 
+using LayerRange = std::pair<int32_t, int32_t>;  // inclusive
+
 // One [[rule]]: shell patterns over tensor names (*, ?, [...]), and layers.
 struct Rule {
   std::vector<std::string> patterns;
-  std::vector<std::pair<int32_t, int32_t>> layers;  // inclusive ranges; empty: all, and what is outside the layers
+  std::vector<LayerRange> layers;  // empty: all, and what is outside the layers
   Choice choice;
   uint32_t line = 0;
 };
@@ -49,7 +52,8 @@ struct Recipe {
 Result<Recipe> read_recipe(const std::string& path);
 
 // The choice for every tensor, by the first rule that matches; vectors get none. `method` overrides that of all int4
-// rules. Errors: usage (a rule that gets no tensor of this model; a matrix without a rule; an int4 embedding).
+// rules. Errors: usage (a pattern or a range of layers that no matrix of this model matches; a rule whose matrices
+// rules before it take; a matrix without a rule; an int4 embedding).
 Result<std::vector<std::optional<Choice>>> apply_recipe(const Recipe& recipe,
                                                         const std::vector<import::SourceTensor>& tensors,
                                                         std::optional<Method> method);

@@ -3,7 +3,6 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -27,8 +26,8 @@ constexpr const char* kPartial = ".part";
 Unexpected failed(const std::string& path, const char* what) {
   const int code = errno;
   return fail(ErrorCode::io,
-              fmt::format("{}: cannot {}: {}; the finished layers are kept, run the command again", path, what,
-                          std::strerror(code)),
+              fmt::format("{}: cannot {}: {}; mend that and run the command again, finished layers are kept", path,
+                          what, std::strerror(code)),
               code);
 }
 
@@ -124,34 +123,63 @@ EncodedTensor tensor_from(const Json& json) {
   return encoded;
 }
 
-bool is_there(const std::string& path) {
-  struct stat info = {};
-  return ::stat(path.c_str(), &info) == 0;
+Unexpected damaged(const std::string& path) {
+  return fail(ErrorCode::corrupt,
+              fmt::format("{}: is missing, damaged or of another quantization; give --restart to begin anew", path));
+}
+
+Unexpected cannot_remove(const std::string& path, int code) {
+  return fail(ErrorCode::io, fmt::format("{}: cannot be removed: {}; remove it by hand", path, std::strerror(code)),
+              code);
+}
+
+bool is_ours(const std::string& name) {
+  return name.starts_with("job.json") || name.starts_with("states-") || name.starts_with("layer-");
+}
+
+// Makes the folder and locks it.
+Result<UniqueFd> hold(const std::string& path) {
+  for (int attempt = 0;; ++attempt) {
+    std::error_code error;
+    std::filesystem::create_directories(path, error);
+    if (error) {
+      return fail(ErrorCode::io, fmt::format("{}: the folder cannot be made: {}", path, error.message()),
+                  error.value());
+    }
+    Result<UniqueFd> lock = open_locked(path + "/lock", O_RDWR | O_CREAT | O_NOFOLLOW);
+    if (lock) return lock;
+    if (lock.error().os_code == EWOULDBLOCK) {
+      return fail(ErrorCode::usage,
+                  fmt::format("{}: another run is at work in it; wait until it ends, or give another --output", path),
+                  EWOULDBLOCK);
+    }
+    // Not found: the run before has just removed the folder.
+    if (lock.error().code != ErrorCode::not_found || attempt == 16) return lock;
+  }
 }
 
 }  // namespace
 
 Result<WorkFolder> WorkFolder::open(const std::string& path, const Json& job, bool restart) {
-  WorkFolder self(path);
-  std::error_code error;
-  if (restart) std::filesystem::remove_all(path, error);
-  std::filesystem::create_directories(path, error);
-  if (error) {
-    return fail(ErrorCode::io, fmt::format("{}: the folder cannot be made: {}", path, error.message()), error.value());
-  }
+  SLUICE_TRY_ASSIGN(lock, hold(path));
+  const std::string wanted = job.dump(2, ' ', false, Json::error_handler_t::replace);  // a path may be no UTF-8
+  WorkFolder self(path, std::move(lock), storage::checksum(std::as_bytes(std::span(wanted))));
   const std::string job_path = path + "/job.json";
-  const std::string wanted = job.dump(2);
-  if (is_there(job_path)) {
-    SLUICE_TRY_ASSIGN(found, import::read_text_file(job_path, kMaxJobBytes));
-    if (found != wanted) {
-      return fail(ErrorCode::usage,
-                  fmt::format("{}: holds the layers of another quantization (source, recipe, calibration or "
-                              "options differ); give --restart to throw them away",
-                              path));
-    }
-    while (is_there(self.layer_path(self.layers_done_))) ++self.layers_done_;
-  } else {
+  const Result<std::string> found = import::read_text_file(job_path, kMaxJobBytes);
+  if (restart || (!found && found.error().code == ErrorCode::not_found)) {
+    SLUICE_TRY(self.clear());
     SLUICE_TRY(write_file(job_path, path, wanted));
+    return self;
+  }
+  if (!found) return fail(found.error());
+  if (*found != wanted) {
+    return fail(ErrorCode::usage,
+                fmt::format("{}: holds the layers of another quantization (source, recipe, calibration or options "
+                            "differ); give --restart to throw them away",
+                            path));
+  }
+  for (; self.is_of_this_job(self.layer_path(self.layers_done_)); ++self.layers_done_) {
+    self.drop_states(self.layers_done_);  // a kill between a layer and the end of its states leaves them
   }
   return self;
 }
@@ -159,25 +187,49 @@ Result<WorkFolder> WorkFolder::open(const std::string& path, const Json& job, bo
 std::string WorkFolder::states_path(uint32_t layer) const { return fmt::format("{}/states-{}", path_, layer); }
 std::string WorkFolder::layer_path(uint32_t layer) const { return fmt::format("{}/layer-{}", path_, layer); }
 
-bool WorkFolder::has_states(uint32_t layer) const { return is_there(states_path(layer)); }
-
-Result<UniqueFd> WorkFolder::open_states(uint32_t layer) const { return open_file(states_path(layer), O_RDONLY); }
-
-Status WorkFolder::read_states(const UniqueFd& fd, uint32_t layer, uint64_t offset_bytes, std::span<float> out) const {
-  return read_exactly(fd.get(), std::as_writable_bytes(out), offset_bytes, states_path(layer));
+bool WorkFolder::is_of_this_job(const std::string& file) const {
+  const Result<UniqueFd> fd = open_file(file, O_RDONLY);
+  uint64_t job_sum = 0;
+  return fd && read_exactly(fd->get(), std::as_writable_bytes(std::span(&job_sum, 1)), 0, file) &&
+         job_sum == job_sum_;
 }
 
-Result<UniqueFd> WorkFolder::begin_states(uint32_t layer) const { return create(states_path(layer) + kPartial); }
+bool WorkFolder::has_states(uint32_t layer) const { return is_of_this_job(states_path(layer)); }
+
+Result<UniqueFd> WorkFolder::open_states(uint32_t layer) const {
+  if (!has_states(layer)) return damaged(states_path(layer));
+  return open_file(states_path(layer), O_RDONLY);
+}
+
+// u64 xxh3 of job.json, then of each window the states and u64 xxh3 of them. A layer's states are hashed three times,
+// at 7 GB/s: 1.8 s of the 26 s that a layer of an 8B takes with 128 windows of 2048.
+Status WorkFolder::read_states(const UniqueFd& fd, uint32_t layer, uint32_t window, std::span<float> out) const {
+  const std::string path = states_path(layer);
+  const uint64_t offset = sizeof job_sum_ + window * (out.size_bytes() + sizeof(uint64_t));
+  uint64_t expected = 0;
+  SLUICE_TRY(read_exactly(fd.get(), std::as_writable_bytes(out), offset, path));
+  SLUICE_TRY(read_exactly(fd.get(), std::as_writable_bytes(std::span(&expected, 1)), offset + out.size_bytes(), path));
+  if (storage::checksum(std::as_bytes(out)) != expected) return damaged(path);
+  return {};
+}
+
+Result<UniqueFd> WorkFolder::begin_states(uint32_t layer) const {
+  SLUICE_TRY_ASSIGN(fd, create(states_path(layer) + kPartial));
+  SLUICE_TRY(write_all(fd.get(), std::as_bytes(std::span(&job_sum_, 1)), states_path(layer)));
+  return fd;
+}
 
 Status WorkFolder::append_states(const UniqueFd& fd, uint32_t layer, std::span<const float> states) const {
-  return write_all(fd.get(), std::as_bytes(states), states_path(layer));
+  const uint64_t checksum = storage::checksum(std::as_bytes(states));
+  SLUICE_TRY(write_all(fd.get(), std::as_bytes(states), states_path(layer)));
+  return write_all(fd.get(), std::as_bytes(std::span(&checksum, 1)), states_path(layer));
 }
 
 Status WorkFolder::finish_states(UniqueFd fd, uint32_t layer) const {
   return commit(std::move(fd), states_path(layer), path_);
 }
 
-// u64 bytes of the JSON, the JSON, the planes in its order, u64 xxh3 of everything before.
+// u64 xxh3 of job.json, u64 bytes of the JSON, the JSON, the planes in its order, u64 xxh3 of everything before.
 Status WorkFolder::finish_layer(uint32_t layer, const std::vector<EncodedTensor>& tensors, const Json& notes) {
   const std::string path = layer_path(layer);
   Json described = Json::array();
@@ -189,8 +241,8 @@ Status WorkFolder::finish_layer(uint32_t layer, const std::vector<EncodedTensor>
     sum.update(bytes);
     return write_all(fd.get(), bytes, path);
   };
-  const uint64_t head_bytes = head.size();
-  SLUICE_TRY(put(std::as_bytes(std::span(&head_bytes, 1))));
+  const uint64_t begin[] = {job_sum_, head.size()};
+  SLUICE_TRY(put(std::as_bytes(std::span(begin))));
   SLUICE_TRY(put(std::as_bytes(std::span(head))));
   for (const EncodedTensor& encoded : tensors) {
     for (const auto& plane : planes_of(encoded.planes)) SLUICE_TRY(put(*plane.second));
@@ -199,9 +251,12 @@ Status WorkFolder::finish_layer(uint32_t layer, const std::vector<EncodedTensor>
   SLUICE_TRY(write_all(fd.get(), std::as_bytes(std::span(&checksum, 1)), path));
   SLUICE_TRY(commit(std::move(fd), path, path_));
   layers_done_ = layer + 1;
-  static_cast<void>(::unlink(states_path(layer).c_str()));  // left behind, it is only in the way
+  drop_states(layer);
   return {};
 }
+
+// What cannot be removed only takes up space.
+void WorkFolder::drop_states(uint32_t layer) const { static_cast<void>(::unlink(states_path(layer).c_str())); }
 
 Result<WorkFolder::Layer> WorkFolder::read_layer(uint32_t layer) const {
   const std::string path = layer_path(layer);
@@ -209,20 +264,19 @@ Result<WorkFolder::Layer> WorkFolder::read_layer(uint32_t layer) const {
   SLUICE_TRY_ASSIGN(bytes, import::regular_file_bytes(fd, path));
   std::vector<std::byte> whole(bytes);
   SLUICE_TRY(read_exactly(fd.get(), whole, 0, path));
-  uint64_t head_bytes = 0, expected = 0;
-  const auto damaged = [&] {
-    return fail(ErrorCode::corrupt,
-                fmt::format("{}: it is damaged; remove it and the layers after it, or give --restart", path));
-  };
-  if (bytes < 2 * sizeof(uint64_t)) return damaged();
-  std::memcpy(&head_bytes, whole.data(), sizeof head_bytes);
+  uint64_t begin[2] = {}, expected = 0;  // the job, bytes of the JSON
+  if (bytes < sizeof begin + sizeof expected) return damaged(path);
+  std::memcpy(begin, whole.data(), sizeof begin);
   std::memcpy(&expected, whole.data() + bytes - sizeof expected, sizeof expected);
-  if (storage::checksum(std::span(whole).first(bytes - sizeof expected)) != expected) return damaged();
-  const auto* text = reinterpret_cast<const char*>(whole.data()) + sizeof head_bytes;
+  if (storage::checksum(std::span(whole).first(bytes - sizeof expected)) != expected || begin[0] != job_sum_) {
+    return damaged(path);
+  }
+  const uint64_t head_bytes = begin[1];
+  const auto* text = reinterpret_cast<const char*>(whole.data()) + sizeof begin;
   const Json head = Json::parse(text, text + head_bytes);  // the checksum says that we wrote it
   Layer read;
   read.notes = head["notes"];
-  uint64_t at = sizeof head_bytes + head_bytes;
+  uint64_t at = sizeof begin + head_bytes;
   for (const Json& json : head["tensors"]) {
     read.tensors.push_back(tensor_from(json));
     for (const auto& plane : planes_of(read.tensors.back().planes)) {
@@ -234,11 +288,27 @@ Result<WorkFolder::Layer> WorkFolder::read_layer(uint32_t layer) const {
   return read;
 }
 
-Status WorkFolder::remove() const {
+// job.json goes first. The lock stays, and so does what no run has made.
+Status WorkFolder::clear() const {
+  const std::string job_path = path_ + "/job.json";
+  if (::unlink(job_path.c_str()) != 0 && errno != ENOENT) return cannot_remove(job_path, errno);
+  SLUICE_TRY(sync_folder(path_));
   std::error_code error;
-  std::filesystem::remove_all(path_, error);
-  if (error)
-    return fail(ErrorCode::io, fmt::format("{}: cannot be removed: {}", path_, error.message()), error.value());
+  for (std::filesystem::directory_iterator entry(path_, error), end; !error && entry != end; entry.increment(error)) {
+    const std::string file = entry->path().string();
+    if (!is_ours(entry->path().filename().string())) continue;
+    if (::unlink(file.c_str()) != 0) return cannot_remove(file, errno);
+  }
+  if (error) return cannot_remove(path_, error.value());
+  return {};
+}
+
+// The lock's name goes while it is held: who opens it afterwards makes a new one, and then the folder stays.
+Status WorkFolder::remove() {
+  SLUICE_TRY(clear());
+  static_cast<void>(::unlink((path_ + "/lock").c_str()));
+  lock_.reset();
+  static_cast<void>(::rmdir(path_.c_str()));
   return {};
 }
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 
 #include <fmt/format.h>
 
@@ -35,7 +34,9 @@ std::vector<std::string> cells(const EvalRow& row) {
                            percent(row.top1)});
   }
   all.insert(all.end(), {fmt::format("{:.3f}", row.bytes_per_weight), bytes_text(row.file_bytes),
-                         bytes_text(row.memory_bytes), fmt::format("{:.1f}", row.tokens_per_second),
+                         (row.host_peak_is_bound ? "at most " : "") + bytes_text(row.host_peak_bytes)});
+  if (row.device_planned_bytes) all.push_back(bytes_text(*row.device_planned_bytes));
+  all.insert(all.end(), {fmt::format("{:.1f}", row.tokens_per_second),
                          fmt::format("{:.0f}", row.prefill_tokens_per_second)});
   for (const TaskResult& task : row.tasks) all.push_back(pass_rate(task));
   return all;
@@ -44,7 +45,9 @@ std::vector<std::string> cells(const EvalRow& row) {
 std::vector<std::string> headings(const std::vector<EvalRow>& rows) {
   std::vector<std::string> all = {"file"};
   if (rows.front().perplexity) all.insert(all.end(), {"perplexity", "KL mean", "KL p99", "top-1 agreement"});
-  all.insert(all.end(), {"bytes/weight", "size", "memory", "decode tok/s", "prefill tok/s"});
+  all.insert(all.end(), {"bytes/weight", "size", "host peak, measured"});
+  if (rows.front().device_planned_bytes) all.emplace_back("device, planned");
+  all.insert(all.end(), {"decode tok/s", "prefill tok/s"});
   for (const TaskResult& task : rows.front().tasks) {
     all.push_back(fmt::format("{} pass@1, {} x {}", task.name, task.problems, task.samples));
   }
@@ -133,7 +136,9 @@ nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const EvalText&
     if (row.top1) json["top1_agreement"] = *row.top1;
     json["bytes_per_weight"] = row.bytes_per_weight;
     json["file_bytes"] = row.file_bytes;
-    json["memory_bytes"] = row.memory_bytes;
+    json["host_peak_bytes"] = row.host_peak_bytes;
+    if (row.host_peak_is_bound) json["host_peak_is_bound"] = true;
+    if (row.device_planned_bytes) json["device_planned_bytes"] = *row.device_planned_bytes;
     json["decode_tokens_per_second"] = row.tokens_per_second;
     json["prefill_tokens_per_second"] = row.prefill_tokens_per_second;
     for (const TaskResult& task : row.tasks) {
@@ -155,7 +160,7 @@ nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const EvalText&
   return json;
 }
 
-Status write_html(const std::string& path, const std::vector<EvalRow>& rows) {
+std::string to_html(const std::vector<EvalRow>& rows) {
   std::string html =
       "<!DOCTYPE html>\n<html><head><meta charset=\"utf-8\"><title>sluice eval</title>\n"
       "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:right}"
@@ -168,12 +173,7 @@ Status write_html(const std::string& path, const std::vector<EvalRow>& rows) {
     for (const std::string& cell : cells(row)) html += "<td>" + escaped(cell) + "</td>";
     html += "</tr>\n";
   }
-  html += "</table>\n" + chart(rows) + "</body></html>\n";
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
-  file << html;
-  file.close();
-  if (!file) return fail(ErrorCode::io, fmt::format("{}: cannot be written", path));
-  return {};
+  return html + "</table>\n" + chart(rows) + "</body></html>\n";
 }
 
 }  // namespace sluice::cli

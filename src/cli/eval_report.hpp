@@ -9,7 +9,6 @@
 
 #include <nlohmann/json.hpp>
 
-#include "sluice/result.hpp"
 #include "task_run.hpp"
 
 namespace sluice::cli {
@@ -23,7 +22,9 @@ struct EvalRow {
   std::optional<double> top1;             // share of positions with the same best token
   double bytes_per_weight = 0;            // matrices, scales included
   uint64_t file_bytes = 0;
-  uint64_t memory_bytes = 0;  // weights in memory, rings, KV cache, scratch
+  uint64_t host_peak_bytes = 0;           // as HostMemory measures it
+  bool host_peak_is_bound = false;
+  std::optional<uint64_t> device_planned_bytes;  // of a GPU's memory: weights, ring, KV cache, scratch
   double tokens_per_second = 0, prefill_tokens_per_second = 0;
   std::vector<TaskResult> tasks;          // the same in every row
 };
@@ -37,7 +38,7 @@ struct EvalText {
 
 std::string to_markdown(const std::vector<EvalRow>& rows);
 nlohmann::ordered_json to_json(const std::vector<EvalRow>& rows, const EvalText& text);
-// One self-contained file: the table, and KL against bytes per weight as a chart. Error: io.
-Status write_html(const std::string& path, const std::vector<EvalRow>& rows);
+// One self-contained file: the table, and KL against bytes per weight as a chart.
+std::string to_html(const std::vector<EvalRow>& rows);
 
 }  // namespace sluice::cli

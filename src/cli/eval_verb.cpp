@@ -12,6 +12,7 @@
 
 #include "eval_report.hpp"
 #include "flags.hpp"
+#include "host_memory.hpp"
 #include "output.hpp"
 #include "sluice/sluice.hpp"
 #include "task_run.hpp"
@@ -37,6 +38,7 @@ struct Flags {
 struct Candidate {
   Model model;
   Session session;
+  HostMemory memory;
   EvalRow row;
   std::vector<double> divergences;  // KL of every position
   double log_probability = 0;       // sum over predicted tokens
@@ -55,7 +57,7 @@ Result<std::unique_ptr<Candidate>> open_candidate(const std::string& path, const
   if (!options.device_memory_bytes) options.max_logit_rows = std::min(flags.window, 64u);
   SLUICE_TRY_ASSIGN(model, open_model(path, std::move(options)));
   SLUICE_TRY_ASSIGN(session, model.new_session());
-  return std::make_unique<Candidate>(Candidate{std::move(model), std::move(session), {}, {}, 0, 0, 0});
+  return std::make_unique<Candidate>(Candidate{std::move(model), std::move(session), {}, {}, {}, 0, 0, 0});
 }
 
 size_t best_of(std::span<const float> logits) {
@@ -81,16 +83,15 @@ double divergence(std::span<const float> reference, std::span<const float> logit
   return std::max(sum, 0.0);  // rounding can leave -1e-16 of two equal ones
 }
 
-// One window through one model: its logits in `out` (the reference), or compared with `reference`.
+// One window through one model: its logits in `out` (the reference), or compared with `reference`. Both are float
+// [ids.size()][vocabulary], or empty.
 Status run_window(Candidate& candidate, std::span<const int32_t> ids, std::span<const float> reference,
-                  std::vector<float>* out) {
+                  std::span<float> out) {
   SLUICE_TRY(candidate.session.truncate(0));
   SLUICE_TRY(candidate.session.append(ids));
   const size_t vocab = candidate.model.info().vocab;
-  if (out != nullptr) out->resize(ids.size() * vocab);
   return candidate.session.score([&](uint32_t position, std::span<const float> logits) {
-    if (out != nullptr)
-      std::copy(logits.begin(), logits.end(), out->begin() + static_cast<ptrdiff_t>(position * vocab));
+    if (!out.empty()) std::copy(logits.begin(), logits.end(), out.subspan(position * vocab).begin());
     const double total = log_total(logits);
     if (position + 1 < ids.size()) {
       candidate.log_probability += static_cast<double>(logits[static_cast<size_t>(ids[position + 1])]) - total;
@@ -121,8 +122,9 @@ Status finish(Candidate& candidate, const std::string& path, bool is_reference) 
   row.positions = candidate.positions;
   row.bytes_per_weight = static_cast<double>(info.weight_bytes) / static_cast<double>(matrix_weights(info));
   row.file_bytes = info.file_bytes;
-  row.memory_bytes = info.device_weight_bytes + info.host_weight_bytes + info.ring_bytes + info.kv_bytes +
-                     info.scratch_bytes + info.staging_bytes;
+  if (info.backend != "cpu") {  // whose "device" is the host
+    row.device_planned_bytes = info.device_weight_bytes + info.ring_bytes + info.kv_bytes + info.scratch_bytes;
+  }
   if (!candidate.divergences.empty()) {
     std::vector<double>& all = candidate.divergences;
     row.kl_mean = std::accumulate(all.begin(), all.end(), 0.0) / static_cast<double>(all.size());
@@ -136,15 +138,16 @@ Status finish(Candidate& candidate, const std::string& path, bool is_reference) 
   if (candidate.row.tasks.empty()) {
     const GenerateOptions generate{
         .max_tokens = kDecodedTokens, .sampling = {.temperature = 0}, .stop = {}, .ignore_eos = true};
-    SLUICE_TRY(candidate.session.generate(generate, [](const Token&) { return true; }));
+    SLUICE_TRY(candidate.memory.measure([&] { return candidate.session.generate(generate, {}); }));
   }
+  row.host_peak_bytes = candidate.memory.peak_bytes();
+  row.host_peak_is_bound = candidate.memory.is_bound();
   const PassTimes decode = candidate.session.timings().decode;
   row.tokens_per_second = decode.total > 0 ? static_cast<double>(decode.tokens) / decode.total : 0;
   return {};
 }
 
-Result<std::vector<int32_t>> text_tokens(const Flags& flags, const Candidate& candidate) {
-  SLUICE_TRY_ASSIGN(text, read_text(flags.text_file));
+Result<std::vector<int32_t>> text_tokens(const Flags& flags, const std::string& text, const Candidate& candidate) {
   std::vector<int32_t> ids = candidate.model.tokenize(text, false, false);
   if (ids.size() > flags.tokens) ids.resize(flags.tokens);
   if (ids.size() < flags.window) {
@@ -156,26 +159,30 @@ Result<std::vector<int32_t>> text_tokens(const Flags& flags, const Candidate& ca
 }
 
 // Windows of the text through every model, the reference first.
-Result<EvalText> run_text(const Flags& flags, const std::vector<std::string>& paths,
+Result<EvalText> run_text(const Flags& flags, const std::string& text, const std::vector<std::string>& paths,
                           const std::vector<std::unique_ptr<Candidate>>& candidates) {
-  SLUICE_TRY_ASSIGN(ids, text_tokens(flags, *candidates.front()));
+  SLUICE_TRY_ASSIGN(ids, text_tokens(flags, text, *candidates.front()));
   const size_t windows = ids.size() / flags.window;
   Progress progress("evaluating", Progress::Unit::items);
-  std::vector<float> reference;
+  // Made here, so that no model's memory is charged with it.
+  const size_t vocab = candidates.front()->model.info().vocab;
+  std::vector<float> logits(flags.reference.empty() ? 0 : flags.window * vocab);
   for (size_t w = 0; w < windows; ++w) {
     const std::span<const int32_t> window = std::span(ids).subspan(w * flags.window, flags.window);
     for (size_t i = 0; i < candidates.size(); ++i) {
-      const bool fills = i == 0 && !flags.reference.empty();
-      SLUICE_TRY(run_window(*candidates[i], window,
-                            fills ? std::span<const float>() : std::span<const float>(reference),
-                            fills ? &reference : nullptr));
+      const bool is_reference = i == 0 && !flags.reference.empty();
+      SLUICE_TRY(candidates[i]->memory.measure([&] {
+        return is_reference ? run_window(*candidates[i], window, {}, logits)
+                            : run_window(*candidates[i], window, logits, {});
+      }));
       progress.update(w * candidates.size() + i + 1, windows * candidates.size(), paths[i]);
     }
   }
   return EvalText{.name = flags.text_file, .windows = windows, .window = flags.window};
 }
 
-Result<std::vector<Task>> read_task_files(const Flags& flags) {
+// What is found before the first model is opened: a result that would have nowhere to go among it.
+Status check_flags(const Flags& flags) {
   if (flags.text_file.empty() && flags.task_files.empty()) {
     return fail(ErrorCode::usage, "there is nothing to measure on; give --text FILE, --tasks FILE.jsonl or both");
   }
@@ -184,6 +191,13 @@ Result<std::vector<Task>> read_task_files(const Flags& flags) {
         ErrorCode::usage,
         fmt::format("{} samples at temperature 0 are all the same; give --samples 1 or --temp", flags.task.samples));
   }
+  for (const std::string& path : {flags.html, flags.answers}) {
+    if (!path.empty()) SLUICE_TRY(check_writable(path));
+  }
+  return {};
+}
+
+Result<std::vector<Task>> read_task_files(const Flags& flags) {
   std::vector<Task> tasks;
   for (const std::string& path : flags.task_files) {
     SLUICE_TRY_ASSIGN(problems, read_tasks(path));
@@ -207,7 +221,9 @@ Status run_tasks(const Flags& flags, const std::vector<Task>& tasks,
         progress.update(done + answers, total,
                         fmt::format("{}: {}, {} of {} right", candidate->model.info().path, task.name, right, answers));
       };
-      SLUICE_TRY_ASSIGN(result, run_task(candidate->model, candidate->session, task, flags.task, log, on_answer));
+      SLUICE_TRY_ASSIGN(result, candidate->memory.measure([&] {
+        return run_task(candidate->model, candidate->session, task, flags.task, log, on_answer);
+      }));
       done += task.problems.size() * flags.task.samples;
       if (result.cut > 0) {
         note(fmt::format("{}: {}: {} of {} answers were cut at {} tokens", candidate->model.info().path, task.name,
@@ -220,12 +236,20 @@ Status run_tasks(const Flags& flags, const std::vector<Task>& tasks,
 }
 
 Result<int> evaluate(const Flags& flags) {
+  SLUICE_TRY(check_flags(flags));
   SLUICE_TRY_ASSIGN(tasks, read_task_files(flags));
+  std::string text;
+  if (!flags.text_file.empty()) {
+    SLUICE_TRY_ASSIGN(read, read_utf8(flags.text_file));
+    text = std::move(read);
+  }
   std::vector<std::string> paths = flags.files;
   std::vector<std::unique_ptr<Candidate>> candidates;
   if (!flags.reference.empty()) paths.insert(paths.begin(), flags.reference);
   for (const std::string& path : paths) {
-    SLUICE_TRY_ASSIGN(candidate, open_candidate(path, flags));
+    HostMemory memory;
+    SLUICE_TRY_ASSIGN(candidate, memory.measure([&] { return open_candidate(path, flags); }));
+    candidate->memory = memory;
     if (!candidates.empty() && candidate->model.info().vocab != candidates.front()->model.info().vocab) {
       return fail(ErrorCode::usage,
                   fmt::format("{}: has a vocabulary of {}, {} one of {}; only models of one tokenizer compare", path,
@@ -233,10 +257,10 @@ Result<int> evaluate(const Flags& flags) {
     }
     candidates.push_back(std::move(candidate));
   }
-  EvalText text;
+  EvalText measured_on;
   if (!flags.text_file.empty()) {
-    SLUICE_TRY_ASSIGN(measured, run_text(flags, paths, candidates));
-    text = std::move(measured);
+    SLUICE_TRY_ASSIGN(windows, run_text(flags, text, paths, candidates));
+    measured_on = std::move(windows);
   }
   SLUICE_TRY(run_tasks(flags, tasks, candidates));
   std::vector<EvalRow> rows;
@@ -244,9 +268,9 @@ Result<int> evaluate(const Flags& flags) {
     SLUICE_TRY(finish(*candidates[i], paths[i], i == 0 && !flags.reference.empty()));
     rows.push_back(std::move(candidates[i]->row));
   }
-  if (!flags.html.empty()) SLUICE_TRY(write_html(flags.html, rows));
+  if (!flags.html.empty()) SLUICE_TRY(write_file(flags.html, to_html(rows)));
   if (flags.json) {
-    SLUICE_TRY(print_json(to_json(rows, text)));
+    SLUICE_TRY(print_json(to_json(rows, measured_on)));
   } else {
     SLUICE_TRY(print(to_markdown(rows)));
   }

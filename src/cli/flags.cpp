@@ -19,6 +19,8 @@ namespace {
 // 2^64 as a double: the first value that does not fit.
 constexpr double kTooLarge = 18446744073709551616.0;
 
+std::string name_of_input(const std::string& path) { return path == "-" ? "standard input" : path; }
+
 // Leaves a positive integer or zero in `options_field`, from a size.
 void set_u32(uint64_t value, uint32_t& field, const char* flag) {
   if (value > UINT32_MAX) throw CLI::ValidationError(flag, fmt::format("{} is too large", value));
@@ -161,7 +163,7 @@ Result<Model> open_model(const std::string& path, ModelOptions options) {
 
 Result<std::string> read_text(const std::string& path) {
   const bool standard_input = path == "-";
-  const std::string name = standard_input ? "standard input" : path;
+  const std::string name = name_of_input(path);
   const int fd = standard_input ? STDIN_FILENO : ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) {
     const int failure = errno;
@@ -181,6 +183,12 @@ Result<std::string> read_text(const std::string& path) {
   if (!standard_input) ::close(fd);
   if (failure == 0) return text;
   return fail(ErrorCode::io, fmt::format("cannot read {}: {}", name, std::strerror(failure)), failure);
+}
+
+Result<std::string> read_utf8(const std::string& path) {
+  SLUICE_TRY_ASSIGN(text, read_text(path));
+  SLUICE_TRY(check_utf8(text, name_of_input(path)));
+  return text;
 }
 
 }  // namespace sluice::cli

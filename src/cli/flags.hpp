@@ -59,5 +59,7 @@ Result<Model> open_model(const std::string& path, ModelOptions options);
 
 // The bytes of a file, or of standard input where `path` is "-". Errors: not_found, io.
 Result<std::string> read_text(const std::string& path);
+// The same of text. Error besides: corrupt (bytes that are not UTF-8, with their offset).
+Result<std::string> read_utf8(const std::string& path);
 
 }  // namespace sluice::cli

@@ -33,10 +33,19 @@ Result<int> import_checkpoint(const Flags& flags) {
                    report.requantized == 0 ? std::string()
                                            : fmt::format("; {} of them requantized", report.requantized)));
   if (flags.json) {
+    nlohmann::json losses = nlohmann::json::array();
+    for (const RequantizationLoss& loss : report.losses) {
+      losses.push_back({{"type", loss.type},
+                        {"scheme", loss.scheme},
+                        {"group", loss.group},
+                        {"tensors", loss.tensors},
+                        {"relative_error", loss.relative_error}});
+    }
     SLUICE_TRY(print_json({{"output", options.output},
                            {"tensors", report.tensors},
                            {"bytes", report.bytes},
                            {"requantized", report.requantized},
+                           {"losses", std::move(losses)},
                            {"seconds", report.seconds}}));
   }
   return 0;

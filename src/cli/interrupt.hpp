@@ -21,11 +21,17 @@ class CancelOnInterrupt {
   void clear();
 };
 
-// While it lives, Ctrl-C and SIGTERM remove the temporary file that a container is written to ("OUTPUT.tmp-PID") and
-// end the process with the status of `cancelled`. Import and synth have no other state to put in order.
+// What an interruption leaves on purpose: `told` is said of it where `path` is there.
+struct Kept {
+  std::string path, told;
+};
+
+// While it lives, Ctrl-C and SIGTERM remove the temporary file that a container is written to ("OUTPUT.tmp-PID"), say
+// what is left (nothing, but for `kept`) and end the process with the status of `cancelled`. Import, quantize and synth
+// have no other state to put in order. One at a time.
 class RemoveOnInterrupt {
  public:
-  explicit RemoveOnInterrupt(const std::string& output);
+  explicit RemoveOnInterrupt(const std::string& output, Kept kept = {});
   ~RemoveOnInterrupt();
   RemoveOnInterrupt(const RemoveOnInterrupt&) = delete;
   RemoveOnInterrupt& operator=(const RemoveOnInterrupt&) = delete;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "output.hpp"
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,6 +30,11 @@ int write_all(int fd, std::string_view text) {
   return 0;
 }
 
+Unexpected cannot_write(const std::string& path, int failure) {
+  return fail(ErrorCode::io, fmt::format("{}: cannot be written: {}; name another file", path, std::strerror(failure)),
+              failure);
+}
+
 bool stderr_is_terminal() { return ::isatty(STDERR_FILENO) == 1; }
 
 // Whether a bar stands on the terminal's current line, so that a log line from any thread clears it first.
@@ -45,6 +52,29 @@ Status print(std::string_view text) {
 
 Status print_json(const nlohmann::json& value) {
   return print(value.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+Status check_writable(const std::string& path) {
+  // Where nothing is, only making a file tells.
+  const int made = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (made >= 0) {
+    ::close(made);
+    ::unlink(path.c_str());
+    return {};
+  }
+  if (errno != EEXIST) return cannot_write(path, errno);
+  // What is there is not opened: the reader of a pipe would take that for its end.
+  struct stat info = {};
+  if (::stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode)) return cannot_write(path, EISDIR);
+  return ::access(path.c_str(), W_OK) == 0 ? Status() : cannot_write(path, errno);
+}
+
+Status write_file(const std::string& path, std::string_view text) {
+  const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  if (fd < 0) return cannot_write(path, errno);
+  int failure = write_all(fd, text);
+  if (::close(fd) != 0 && failure == 0) failure = errno;
+  return failure == 0 ? Status() : cannot_write(path, failure);
 }
 
 bool output_closed(const Error& error) { return error.code == ErrorCode::io && error.os_code == EPIPE; }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Results to standard output, everything said beside them to standard error.
+// Results to standard output or to a file, everything said beside them to standard error.
 #pragma once
 
 #include <chrono>
@@ -18,6 +18,12 @@ namespace sluice::cli {
 Status print(std::string_view text);
 // The same, as indented JSON and a newline; invalid UTF-8 becomes U+FFFD.
 Status print_json(const nlohmann::json& value);
+
+// Whether a file can be written at `path`: for a result that would be lost behind long work. Leaves everything as it
+// was. Error: io.
+Status check_writable(const std::string& path);
+// Makes `text` the content of a file. Error: io.
+Status write_file(const std::string& path, std::string_view text);
 
 // Whether `error` is print()'s "the reader has gone": the end of the work, not a failure.
 bool output_closed(const Error& error);

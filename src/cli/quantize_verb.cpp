@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // sluice quantize: a checkpoint into a container by a recipe.
 #include <chrono>
-#include <fstream>
 #include <memory>
 #include <optional>
 
@@ -38,17 +37,12 @@ class Eta {
   std::optional<uint64_t> first_;
 };
 
-Status write_report(const std::string& path, const std::string& json) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
-  file << json << "\n";
-  file.close();
-  if (!file) return fail(ErrorCode::io, fmt::format("{}: the report cannot be written", path));
-  return {};
-}
-
 Result<int> quantize(const Flags& flags) {
   QuantizeOptions options = flags.options;
-  RemoveOnInterrupt interrupt(options.output);
+  if (!flags.report.empty()) SLUICE_TRY(check_writable(flags.report));
+  const std::string work = options.output + ".work";
+  RemoveOnInterrupt interrupt(
+      options.output, {.path = work, .told = work + " keeps the finished layers, and the same command goes on there"});
   Progress progress("quantizing", Progress::Unit::items);
   Eta eta;
   options.log = log_to_stderr();
@@ -56,10 +50,13 @@ Result<int> quantize(const Flags& flags) {
     progress.update(done, total, eta.text(done, total) + detail);
   };
   SLUICE_TRY_ASSIGN(report, quantize_model(options));
-  note(fmt::format("quantized {} tensors to {:.2f} bits per weight, {}, in {}, {:.1f} million weights a second",
-                   report.tensors, report.bits_per_weight, bytes_text(report.bytes), seconds_text(report.seconds),
-                   report.weights_per_second * 1e-6));
-  if (!flags.report.empty()) SLUICE_TRY(write_report(flags.report, report.json));
+  const std::string residual = report.residual_bits_per_weight > 0
+                                   ? fmt::format(" and {:.2f} of residuals", report.residual_bits_per_weight)
+                                   : std::string();
+  note(fmt::format("quantized {} tensors to {:.2f} bits per weight{}, {}, in {}, {:.1f} million weights a second",
+                   report.tensors, report.bits_per_weight, residual, bytes_text(report.bytes),
+                   seconds_text(report.seconds), report.weights_per_second * 1e-6));
+  if (!flags.report.empty()) SLUICE_TRY(write_file(flags.report, report.json + "\n"));
   if (flags.json) SLUICE_TRY(print(report.json + "\n"));
   return 0;
 }

@@ -371,7 +371,7 @@ char chosen_letter(std::string_view text) {
 }  // namespace
 
 Result<std::vector<Problem>> read_tasks(const std::string& path) {
-  SLUICE_TRY_ASSIGN(text, read_text(path));
+  SLUICE_TRY_ASSIGN(text, read_utf8(path));
   SLUICE_TRY_ASSIGN(problems, path.ends_with(".csv") ? read_csv(text, path) : read_lines(text, path));
   if (problems.empty()) return fail(ErrorCode::usage, fmt::format("{}: there is no problem in it", path));
   return problems;

@@ -28,7 +28,7 @@ struct Problem {
 
 // Reads JSON lines: {"prompt", "answer", "check"}, MATH-500 and AIME {"problem", "answer"}, GSM8K {"question",
 // "answer"} with "#### n", GPQA {"Question", "Correct Answer", "Incorrect Answer 1" to "3"}; or GPQA's *.csv with those
-// columns. Errors: not_found, io, corrupt (with the line), usage (no problem in it).
+// columns. Errors: not_found, io, corrupt (with the line; bytes that are not UTF-8), usage (no problem in it).
 Result<std::vector<Problem>> read_tasks(const std::string& path);
 
 // `count` of them spread evenly; all where count is 0 or more than there are.

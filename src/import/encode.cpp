@@ -180,8 +180,10 @@ Result<quant::Planes> encode_slab(const Job& job, uint64_t slab, std::span<quant
   SLUICE_TRY_ASSIGN(weights, read_floats(job, slab));
   const Tensor part = job.slab_tensor(slab);
   quant::Planes planes = quant::round_rows(part, weights);
-  if (job.residual) quant::add_residual(part, weights, planes);
-  if (!losses.empty()) losses[slab] = quant::loss_of(part, weights, planes);
+  quant::RoundingLoss loss;
+  if (!losses.empty()) loss = quant::loss_of(part, weights, planes);
+  if (job.residual) loss.fine_squares = quant::add_residual(part, weights, planes);
+  if (!losses.empty()) losses[slab] = loss;
   return planes;
 }
 
@@ -296,7 +298,7 @@ Status write_tensor(const SourceFile& file, const SourceTensor& source, const Ta
   std::vector<quant::RoundingLoss> losses(loss != nullptr ? job.slabs() : 0);
   const auto work = [&](uint64_t slab) { return encode_slab(job, slab, losses); };
   SLUICE_TRY(write_in_slabs(job.tensor, job.slabs(), threads, work, writer));
-  for (const quant::RoundingLoss& part : losses) loss->merge(part);
+  for (const quant::RoundingLoss& part : losses) loss->merge(part.times_exponent(job.tensor.scale_exponent));
   return {};
 }
 

@@ -52,7 +52,7 @@ storage::Tensor narrowest_tensor(const SourceTensor& source, const quant::Extent
 // Reads, encodes and writes one tensor. Memory: a few slabs of about a million weights each, and the planes besides
 // `values`. Encoding runs on `threads` threads; the result does not depend on their number.
 // Errors: io, corrupt (the file shrank), numeric (file, tensor, row and column).
-// `loss`, if given, gets what rounding cost; nothing is added for values that are copied.
+// `loss`, if given, gets what rounding cost, times the exponent; nothing is added for values that are copied.
 Status write_tensor(const SourceFile& file, const SourceTensor& source, const Target& target, uint32_t threads,
                     storage::ContainerWriter& writer, quant::RoundingLoss* loss = nullptr);
 

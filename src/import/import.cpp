@@ -10,6 +10,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <tuple>
 
 #include "import/checkpoint.hpp"
 #include "import/encode.hpp"
@@ -22,11 +23,40 @@ namespace {
 
 constexpr uint32_t kMostThreads = 8;  // more would only wait for the disk
 
+// Tensors that were requantized, by type, scheme and group.
+class Requantized {
+ public:
+  void add(SourceType type, const Target& target, const quant::RoundingLoss& loss) {
+    Sum& sum = sums_[{type, target.scheme, target.group_elems}];
+    ++sum.tensors;
+    sum.loss.merge(loss);
+  }
+
+  std::vector<RequantizationLoss> losses() const {
+    std::vector<RequantizationLoss> all;
+    for (const auto& [key, sum] : sums_) {
+      const auto& [type, scheme, group_elems] = key;
+      all.push_back({type, scheme, group_elems, sum.tensors, sum.loss.relative(sum.loss.error_squares)});
+    }
+    return all;
+  }
+
+ private:
+  struct Sum {
+    uint64_t tensors = 0;
+    quant::RoundingLoss loss;
+  };
+  std::map<std::tuple<SourceType, storage::Scheme, uint32_t>, Sum> sums_;
+};
+
 // One line per kind of loss, not one per tensor.
-void warn_of_losses(const std::map<std::string, uint64_t>& losses, const Options& options) {
-  for (const auto& [what, tensors] : losses) {
-    log_warning(options.log, fmt::format("{}: {} tensors {}; a checkpoint in higher precision gives a better model",
-                                         options.source, tensors, what));
+void warn_of(const std::vector<RequantizationLoss>& losses, const Options& options) {
+  for (const RequantizationLoss& loss : losses) {
+    log_warning(options.log,
+                fmt::format("{}: {} tensors of type {} were decoded and rounded to {} in groups of {}, at a relative "
+                            "RMS error of {:.2f}%; a checkpoint in higher precision gives a better model",
+                            options.source, loss.tensors, name_of(loss.type), storage::name_of(loss.scheme),
+                            loss.group_elems, 100 * loss.relative_error));
   }
 }
 
@@ -66,7 +96,7 @@ Result<Report> run_import(const Options& options) {
   const bool tied = checkpoint.manifest.hyper.tied_embeddings;
   const uint64_t total = checkpoint.tensors.size();
   Report report;
-  std::map<std::string, uint64_t> losses;
+  Requantized requantized;
   for (const SourceTensor& source : checkpoint.tensors) {
     if (options.progress) options.progress(report.tensors, total, writer.bytes_written(), source.source_name);
     if (source.packed) {
@@ -78,22 +108,24 @@ Result<Report> run_import(const Options& options) {
       continue;
     }
     const Target target = choose_target(source, options, tied);
-    if (auto written = write_tensor(checkpoint.files[source.file], source, target, threads, writer); !written) {
+    quant::RoundingLoss loss;
+    if (auto written = write_tensor(checkpoint.files[source.file], source, target, threads, writer,
+                                    target.requantized ? &loss : nullptr);
+        !written) {
       return fail(at_tensor(std::move(written.error()), source.source_name));
     }
     ++report.tensors;
-    if (target.requantized) {
-      ++report.requantized;
-      ++losses[fmt::format("of type {} were decoded and rounded to {} in groups of {}", name_of(source.type),
-                           storage::name_of(target.scheme), target.group_elems)];
-    }
+    if (!target.requantized) continue;
+    ++report.requantized;
+    requantized.add(source.type, target, loss);
   }
   if (options.progress) options.progress(total, total, writer.bytes_written(), "");
   report.hyper = checkpoint.manifest.hyper;
   SLUICE_TRY(writer.finish(std::move(checkpoint.manifest)));
   std::error_code error;
   report.bytes = std::filesystem::file_size(options.output, error);
-  warn_of_losses(losses, options);
+  report.losses = requantized.losses();
+  warn_of(report.losses, options);
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;
 }

@@ -6,7 +6,9 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "import/checkpoint.hpp"
 #include "sluice/log.hpp"
 #include "sluice/result.hpp"
 #include "storage/manifest.hpp"
@@ -27,11 +29,21 @@ struct Options {
   std::function<void(uint64_t done, uint64_t total, uint64_t bytes, const std::string& name)> progress;
 };
 
+// What it cost to round matrices once more that were quantized already: those of one type that became one scheme.
+struct RequantizationLoss {
+  SourceType type = SourceType::q4_k;
+  storage::Scheme scheme = storage::Scheme::int4;
+  uint32_t group_elems = 0;
+  uint64_t tensors = 0;
+  double relative_error = 0;          // RMS of the change over RMS of the weights
+};
+
 struct Report {
   storage::HyperParameters hyper;
   uint64_t tensors = 0;
   uint64_t bytes = 0;                 // of the file
   uint64_t requantized = 0;           // tensors whose values changed beyond their own format's rounding
+  std::vector<RequantizationLoss> losses;  // of those
   double seconds = 0;
 };
 

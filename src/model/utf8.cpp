@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model/utf8.hpp"
 
+#include <fmt/format.h>
+
 #include <array>
 
 namespace sluice::model {
@@ -101,6 +103,22 @@ std::string_view valid_utf8(std::string_view text, std::string& storage) {
   if (!replaced) return text;
   storage.append(text.substr(copied));
   return storage;
+}
+
+Status check_utf8(std::string_view text, const std::string& name) {
+  for (size_t at = 0; at < text.size();) {
+    if (static_cast<uint8_t>(text[at]) < 0x80) {
+      ++at;
+      continue;
+    }
+    const Utf8Char c = next_utf8(text.substr(at));
+    if (c.state != Utf8State::valid) {
+      return fail(ErrorCode::corrupt,
+                  fmt::format("{}: the bytes at offset {} are not UTF-8; give text in that encoding", name, at));
+    }
+    at += c.bytes;
+  }
+  return {};
 }
 
 bool is_white_space(uint32_t c) {

@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "sluice/result.hpp"
+
 namespace sluice::model {
 
 enum class Utf8State : uint8_t { valid, invalid, incomplete };
@@ -27,6 +29,9 @@ void append_utf8(std::string& out, uint32_t code_point);
 // `text` with every malformed sequence replaced by U+FFFD, as Python's errors="replace" does. Valid text comes back
 // as it is, copied into `storage` only where something was replaced.
 std::string_view valid_utf8(std::string_view text, std::string& storage);
+
+// Error: corrupt, where `text` has bytes that are not UTF-8, with the offset of the first; `name` begins the message.
+Status check_utf8(std::string_view text, const std::string& name);
 
 // The White_Space property (Unicode PropList), which Oniguruma's \s is.
 bool is_white_space(uint32_t code_point);

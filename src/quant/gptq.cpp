@@ -247,14 +247,15 @@ Planes round_by_gptq(const storage::Tensor& tensor, std::span<const float> weigh
   return lay_out_codes(tensor, {.values = codes, .scales = scales, .bias = {}, .zeros = zeros});
 }
 
-void add_residual_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
-                          Planes& planes) {
+double add_residual_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
+                            Planes& planes) {
   std::vector<float> left = dequantize(tensor, planes.values, planes.scales, planes.zeros, planes.bias);
   std::transform(weights.begin(), weights.end(), left.begin(), left.begin(), std::minus<>());
   RoundingLoss loss;
   Planes second = round_by_gptq(tensor.residual(), left, factor, true, loss);
   planes.residual = std::move(second.values);
   planes.residual_scales = std::move(second.scales);
+  return loss.error_squares;
 }
 
 }  // namespace sluice::quant

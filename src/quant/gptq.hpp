@@ -86,8 +86,8 @@ Planes round_by_gptq(const storage::Tensor& tensor, std::span<const float> weigh
 
 // Rounds what int4 `planes` leave of `weights` to a second nibble with scales of its own, spreading its errors as
 // above, and adds the residual planes. GPTQ moves weights far from their nearest values where their inputs allow it, so
-// rounding that residual to nearest would lose again what was gained.
-void add_residual_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
-                          Planes& planes);
+// rounding that residual to nearest would lose again what was gained. Returns RoundingLoss::fine_squares.
+double add_residual_by_gptq(const storage::Tensor& tensor, std::span<const float> weights, const GptqFactor& factor,
+                            Planes& planes);
 
 }  // namespace sluice::quant

@@ -261,9 +261,22 @@ void RoundingLoss::merge(const RoundingLoss& other) {
   error_squares += other.error_squares;
   weight_squares += other.weight_squares;
   output_squares += other.output_squares;
+  if (other.fine_squares) fine_squares = fine_squares.value_or(0) + *other.fine_squares;
 }
 
-RoundingLoss add_residual(const Tensor& tensor, std::span<const float> weights, Planes& planes) {
+RoundingLoss RoundingLoss::times_exponent(int32_t scale_exponent) const {
+  const double factor = std::ldexp(1.0, 2 * scale_exponent);
+  RoundingLoss loss = *this;
+  for (double* squares : {&loss.error_squares, &loss.weight_squares, &loss.output_squares}) *squares *= factor;
+  if (loss.fine_squares) *loss.fine_squares *= factor;
+  return loss;
+}
+
+double RoundingLoss::relative(double squares) const {
+  return weight_squares > 0 ? std::sqrt(squares / weight_squares) : 0.0;
+}
+
+double add_residual(const Tensor& tensor, std::span<const float> weights, Planes& planes) {
   SLUICE_CHECK(tensor.scheme == Scheme::int4);
   const float unscale = std::ldexp(1.0f, -tensor.scale_exponent);
   std::vector<float> left = dequantize(tensor, planes.values, planes.scales, planes.zeros, planes.bias);
@@ -273,7 +286,7 @@ RoundingLoss add_residual(const Tensor& tensor, std::span<const float> weights, 
   const std::vector<float> alike(group_elems, 1.0f);
   std::vector<uint8_t> codes(left.size());
   std::vector<uint16_t> scales(tensor.rows * groups);
-  RoundingLoss loss;
+  double squares = 0;
   for (uint64_t row = 0; row < tensor.rows; ++row) {
     for (uint64_t group = 0; group < groups; ++group) {
       const uint64_t at = row * tensor.cols + group * group_elems;
@@ -284,16 +297,14 @@ RoundingLoss add_residual(const Tensor& tensor, std::span<const float> weights, 
       for (uint64_t i = 0; i < count; ++i) {
         codes[at + i] = grid.code(run[i]);
         const double error = static_cast<double>(run[i]) - static_cast<double>(grid.value(codes[at + i]));
-        const double weight = static_cast<double>(weights[at + i]) * static_cast<double>(unscale);
-        loss.error_squares += error * error;
-        loss.weight_squares += weight * weight;
+        squares += error * error;
       }
     }
   }
   Planes second = lay_out_codes(tensor.residual(), {.values = codes, .scales = scales, .bias = {}});
   planes.residual = std::move(second.values);
   planes.residual_scales = std::move(second.scales);
-  return loss;
+  return squares;
 }
 
 RoundingLoss loss_of(const Tensor& tensor, std::span<const float> weights, const Planes& planes) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -57,7 +58,13 @@ struct RoundingLoss {
   double error_squares = 0;           // (w - q)^2
   double weight_squares = 0;          // w^2
   double output_squares = 0;          // GPTQ: its own estimate of the squared error of an output; else 0
+  std::optional<double> fine_squares; // (w - q - r)^2, where there is a residual
+
   void merge(const RoundingLoss& other);
+  // The same of the weights themselves, which adds up with that of tensors of other exponents.
+  RoundingLoss times_exponent(int32_t scale_exponent) const;
+  // RMS of an error, given as the sum of its squares, over that of the weights; 0 where all of them are.
+  double relative(double squares) const;
 };
 
 // Weights that share a scale in a residual, whatever the base's groups. GPTQ leaves one weight in thirty more than a step
@@ -65,8 +72,8 @@ struct RoundingLoss {
 constexpr uint32_t kResidualGroup = 32;
 
 // Rounds what int4 `planes` leave of `weights` to a second nibble with scales of its own, and adds the residual planes: r
-// lies where q does in `values`, as r + 8. Returns the loss that remains.
-RoundingLoss add_residual(const storage::Tensor& tensor, std::span<const float> weights, Planes& planes);
+// lies where q does in `values`, as r + 8. Returns RoundingLoss::fine_squares.
+double add_residual(const storage::Tensor& tensor, std::span<const float> weights, Planes& planes);
 
 // Compares planes of round_rows with what they were made of.
 RoundingLoss loss_of(const storage::Tensor& tensor, std::span<const float> weights, const Planes& planes);

@@ -149,6 +149,23 @@ void refused(const QuantizeOptions& options, ErrorCode code, const std::string& 
   CHECK_FALSE(std::filesystem::exists(options.output));
 }
 
+// Every layer and no container: a folder is in its place. The states before layer 0, which go with that layer.
+std::string all_but_the_container(QuantizeOptions options) {
+  const std::string work = options.output + ".work";
+  std::string states;
+  options.progress = [&](uint64_t, uint64_t, const std::string&) {
+    if (states.empty()) states = read_whole(work + "/states-0");
+  };
+  std::filesystem::create_directory(options.output);
+  const Result<QuantizeReport> report = quantize_model(options);
+  std::filesystem::remove(options.output);
+  REQUIRE_FALSE(report);
+  INFO(report.error().message);
+  REQUIRE(std::filesystem::exists(work + "/layer-1"));
+  REQUIRE_FALSE(states.empty());
+  return states;
+}
+
 }  // namespace
 
 TEST_CASE("on golden shapes GPTQ has less than 0.9 of the divergence of rounding to nearest") {
@@ -376,26 +393,36 @@ TEST_CASE("residuals become resident only when no base is streamed") {
   options.method = QuantizeMethod::rtn;
   options.residual = true;
   quantized(options);
-  for (uint64_t extra = 0; extra < 400000; extra += 50000) {
-    const auto report = plan_model(options.output,
-                                   {.device_memory_bytes = smallest_budget(options.output, Precision::fine) + extra,
-                                    .context = 512,
-                                    .max_rows = 8,
-                                    .precision = Precision::fine},
-                                   {});
+  const auto planned = [&](Io io, uint64_t device) {
+    auto report = plan_model(options.output, {.device_memory_bytes = device,
+                                              .context = 512,
+                                              .max_rows = 8,
+                                              .io = io,
+                                              .precision = Precision::fine,
+                                              .backend = "cpu"},
+                             {});
     REQUIRE(report);
-    bool base_streamed = false, residual_resident = false, both = false;
-    for (const PlanReport::Tier& tensor : report->tensors) {
-      const bool residual = tensor.tensor.ends_with("(residual)");
-      both = both || residual;
-      // Large ones (lm_head) may have to be pinned; the layers' matrices are what is chosen among.
-      if (!tensor.tensor.starts_with("model.layers.") || tensor.tier == "rows") continue;
-      if (!residual && tensor.tier == "disk" && tensor.bytes > 4096) base_streamed = true;
-      if (residual && tensor.tier == "device" && tensor.bytes > 24576) residual_resident = true;
+    return std::move(*report);
+  };
+  // So small a model is all resident before a ring holds its residuals alone; in place there is no ring.
+  for (const Io io : {Io::automatic, Io::mmap}) {
+    const PlanReport roomy = planned(io, uint64_t{1} << 40);
+    int bases = 0, residuals = 0;  // budgets that stream a base, and that leave a residual resident
+    for (uint64_t extra = 0; extra <= roomy.resident_bytes; extra += 10000) {
+      bool base_streamed = false, residual_resident = false;
+      for (const PlanReport::Tier& tensor : planned(io, roomy.smallest_device_bytes + extra).tensors) {
+        const bool residual = tensor.tensor.ends_with("(residual)");
+        base_streamed = base_streamed || (!residual && tensor.tier == "disk");
+        residual_resident = residual_resident || (residual && tensor.tier == "device");
+      }
+      INFO("extra " << extra);
+      CHECK_FALSE((base_streamed && residual_resident));
+      bases += base_streamed;
+      residuals += residual_resident;
     }
-    CHECK(both);
-    INFO("extra " << extra);
-    CHECK_FALSE((base_streamed && residual_resident));
+    CHECK(bases > 10);
+    CHECK(residuals > 0);
+    if (io == Io::mmap) CHECK(residuals > 10);
   }
 }
 
@@ -458,4 +485,88 @@ TEST_CASE("a work folder of another quantization is refused, and --restart throw
   refused(options, ErrorCode::usage, "another quantization");
   options.restart = true;
   quantized(options);
+}
+
+TEST_CASE("states and layers of another quantization are not taken") {
+  const Source source("llama3");
+  QuantizeOptions options = source.options("int4");
+  options.calibration = {source.text("a.txt", 4096, 1)};
+  quantized(options);
+  const std::string clean = bytes_behind_header(options.output);
+  std::filesystem::remove(options.output);
+  const std::string work = options.output + ".work";
+  std::string job;
+  SECTION("where there is no job.json") {}
+  SECTION("beside the job.json of this one") {
+    all_but_the_container(options);
+    job = read_whole(work + "/job.json");
+    std::filesystem::remove_all(work);
+  }
+  QuantizeOptions other = options;
+  other.recipe = recipe("int4-reasoning");
+  other.calibration = {source.text("b.txt", 4096, 2)};
+  const std::string states = all_but_the_container(other);
+  std::ofstream(work + "/states-0", std::ios::binary) << states;
+  std::filesystem::remove(work + "/job.json");
+  if (!job.empty()) std::ofstream(work + "/job.json", std::ios::binary) << job;
+  CHECK(quantized(options).resumed_layers == 0);
+  CHECK(bytes_behind_header(options.output) == clean);
+}
+
+TEST_CASE("an edited config.json makes another quantization of it, and the old one goes on where it was") {
+  const Source source("llama3");
+  QuantizeOptions options = source.options("int4");
+  options.calibration = {source.text("a.txt", 4096, 1)};
+  quantized(options);
+  const std::string clean = bytes_behind_header(options.output);
+  std::filesystem::remove(options.output);
+  all_but_the_container(options);
+  const std::string path = source.path + "/config.json", config = read_whole(path);
+  for (const char* number : {"/rope_theta", "/rope_scaling/factor", "/rms_norm_eps"}) {
+    INFO(number);
+    nlohmann::json edited = nlohmann::json::parse(config);
+    edited.at(nlohmann::json::json_pointer(number)).get_ref<double&>() *= 2;
+    std::ofstream(path) << edited;
+    refused(options, ErrorCode::usage, "another quantization");
+  }
+  std::ofstream(path) << config;
+  CHECK(quantized(options).resumed_layers == 2);
+  CHECK(bytes_behind_header(options.output) == clean);
+}
+
+TEST_CASE("a second run on one output is refused while the first is at work, and the first ends well") {
+  const Source source("llama3");
+  QuantizeOptions first = source.options("int4");
+  first.calibration = {source.text("a.txt", 4096, 1)};
+  QuantizeOptions second = first;
+  int tried = 0;
+  first.progress = [&](uint64_t, uint64_t, const std::string&) {
+    if (tried == 2) return;
+    second.restart = tried++ == 1;
+    refused(second, ErrorCode::usage, "another run is at work in it");
+  };
+  quantized(first);
+  CHECK(tried == 2);
+  const std::string beside = bytes_behind_header(first.output);
+  quantized(second);
+  CHECK(bytes_behind_header(second.output) == beside);
+}
+
+TEST_CASE("a work folder that cannot be emptied is an error, and files of others stay in it") {
+  const Source source("llama3");
+  QuantizeOptions options = source.options("int4");
+  options.calibration = {source.text("a.txt", 4096, 1)};
+  const std::string work = options.output + ".work";
+  std::filesystem::create_directories(work + "/states-0");
+  std::ofstream(work + "/notes.txt") << "mine";
+  for (const bool restart : {false, true}) {
+    options.restart = restart;
+    refused(options, ErrorCode::io, "states-0: cannot be removed");
+    CHECK_FALSE(std::filesystem::exists(work + "/job.json"));
+  }
+  std::filesystem::remove(work + "/states-0");
+  REQUIRE(quantize_model(options));
+  CHECK(read_whole(work + "/notes.txt") == "mine");
+  std::filesystem::remove(work + "/notes.txt");
+  CHECK(std::filesystem::is_empty(work));
 }

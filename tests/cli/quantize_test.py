@@ -10,23 +10,23 @@ import sluice_process as sp
 from sluice_process import CliTest, start
 
 RECIPES = os.environ["SLUICE_RECIPES"]
+LAYERS = 6
 
 
-def source():
+def source(vocab=512):
     """A model of six layers and text to calibrate it."""
-    folder = os.path.join(sp.SCRATCH, "quantize-source")
+    folder = os.path.join(sp.SCRATCH, f"quantize-source-{vocab}")
     if not os.path.exists(folder):
-        sp.write_checkpoint(folder, layers=6, hidden=256, ffn=512)
+        sp.write_checkpoint(folder, layers=LAYERS, hidden=256, ffn=512, vocab=vocab)
         letters = random.Random(1)
         with open(os.path.join(sp.SCRATCH, "calibration.txt"), "w") as file:
             file.write("".join(chr(letters.randrange(32, 127)) for _ in range(8000)))
     return folder
 
 
-def arguments(out):
-    source()
-    return ["quantize", source(), "-o", out, "--recipe", os.path.join(RECIPES, "int4.toml"), "--calibration",
-            os.path.join(sp.SCRATCH, "calibration.txt"), "--windows", "16", "--window", "256", "--threads", "1"]
+def arguments(out, vocab=512, windows=16):
+    return ["quantize", source(vocab), "-o", out, "--recipe", os.path.join(RECIPES, "int4.toml"), "--calibration",
+            os.path.join(sp.SCRATCH, "calibration.txt"), "--windows", windows, "--window", "256", "--threads", "1"]
 
 
 def contents(path):
@@ -35,55 +35,148 @@ def contents(path):
         return file.read()[4096:]
 
 
+def undisturbed():
+    return contents(sp.container("quantize-undisturbed", lambda path: sp.sluice(*arguments(path))))
+
+
+def work_file(out, name):
+    return os.path.join(out + ".work", name)
+
+
+def layers_kept(out):
+    return sum(os.path.exists(work_file(out, f"layer-{layer}")) for layer in range(LAYERS))
+
+
+def temporaries(out):
+    """What is left of containers that were being written."""
+    return [name for name in os.listdir(sp.SCRATCH) if name.startswith(os.path.basename(out) + ".tmp-")]
+
+
 class Quantize(CliTest):
-    def test_killed_at_five_random_moments_it_resumes_to_the_same_bytes(self):
+    def started(self, *args):
+        process = start(*map(str, args))
+        self.addCleanup(process.kill)
+        return process
+
+    def wait_for(self, path, process):
+        until = time.monotonic() + sp.TIMEOUT
+        while not os.path.exists(path):
+            if process.poll() is not None:
+                self.fail(f"it ended before there was {path}: {process.communicate()[1]}")
+            self.assertLess(time.monotonic(), until, f"{path} does not come")
+            time.sleep(0.001)
+
+    def killed_at(self, path_of, *args):
+        """A run that gets SIGKILL as soon as a file is there; `path_of` takes its process id."""
+        process = self.started(*args)
+        self.wait_for(path_of(process.pid), process)
+        process.kill()
+        process.communicate()
+
+    def resumes(self, out, kept, *args):
+        """The run goes on behind `kept` layers and leaves nothing but the container."""
+        done = self.succeeds(*args)
+        self.assertIn(f"{kept} of {LAYERS} layers are done already".encode(), done.stderr)
+        self.assertFalse(os.path.exists(out + ".work"))
+        self.assertEqual(temporaries(out), [])
+
+    def test_killed_at_five_moments_it_resumes_to_the_same_bytes(self):
+        vocab = 16384  # two matrices to round while the container is written: 0.2 s, to be killed in
         whole = os.path.join(sp.SCRATCH, "whole.sluice")
         begun = time.monotonic()
-        self.succeeds(*arguments(whole))
+        self.succeeds(*arguments(whole, vocab))
         seconds = time.monotonic() - begun
         seed = random.randrange(2**32)
         print(f"seed {seed}, {seconds:.1f} s undisturbed")
         moments = random.Random(seed)
         out = os.path.join(sp.SCRATCH, "killed.sluice")
-        for _ in range(5):
-            process = start(*arguments(out))
-            time.sleep(moments.uniform(0.05, 0.5 * seconds))
+
+        self.killed_at(lambda _: work_file(out, "layer-0"), *arguments(out, vocab))
+        kept = layers_kept(out)
+        self.assertGreater(kept, 0)
+        for _ in range(3):
+            process = self.started(*arguments(out, vocab))
+            time.sleep(moments.uniform(0.05, 0.25 * seconds))
             process.kill()
             process.communicate()
-        # What the last one left; a run that had little left to do may have ended before it was killed.
-        kept = 0
-        if os.path.isdir(out + ".work"):
-            kept = sum(name.startswith("layer-") and not name.endswith(".part") for name in os.listdir(out + ".work"))
-        done = self.succeeds(*arguments(out))
-        print(f"{kept} layers were kept")
-        self.assertEqual(contents(out), contents(whole))
-        self.assertFalse(os.path.exists(out + ".work"))
-        if kept:
-            self.assertIn(b"layers are done already", done.stderr)
+            if os.path.exists(out):  # it had so little left to do that it was done; the next one begins anew
+                kept = 0
+                os.remove(out)
+            print(f"{layers_kept(out)} layers were kept")
+            self.assertGreaterEqual(layers_kept(out), kept)
+            kept = layers_kept(out)
+        self.killed_at(lambda pid: f"{out}.tmp-{pid}", *arguments(out, vocab))
+        self.assertFalse(os.path.exists(out))
+        self.assertNotEqual(temporaries(out), [])
+        self.assertEqual(layers_kept(out), LAYERS)
 
-    def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(self):
+        self.resumes(out, LAYERS, *arguments(out, vocab))
+        self.assertEqual(contents(out), contents(whole))
+
+    def test_a_second_run_on_one_output_is_refused(self):
+        out = os.path.join(sp.SCRATCH, "twice.sluice")
+        first = self.started(*arguments(out))
+        self.wait_for(work_file(out, "job.json"), first)
+        for flags in ([], ["--restart"]):
+            self.refuses(sp.USAGE, [out + ".work", "another run is at work in it; wait until it ends"], *arguments(out),
+                         *flags, log_lines=True)
+        done = sp.finished(first)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(contents(out), undisturbed())
+
+    def test_a_full_disk_before_the_first_layer_is_one_sentence_and_the_next_run_goes_on(self):
         out = os.path.join(sp.SCRATCH, "full.sluice")
-        done = sp.sluice(*arguments(out), preexec=sp.limit_file_size(3 << 20))
-        self.assert_no_crash(done)
-        self.assertEqual(done.returncode, sp.IO, done.stderr)
+        self.refuses(sp.IO, ["states-0: cannot be written: File too large; mend that and run the command again"],
+                     *arguments(out), preexec=sp.limit_file_size(3 << 20), log_lines=True)
         self.assertFalse(os.path.exists(out))
         self.succeeds(*arguments(out))
         self.assertFalse(os.path.exists(out + ".work"))
+        self.assertEqual(contents(out), undisturbed())
 
-    def test_a_damaged_layer_is_found(self):
-        out = os.path.join(sp.SCRATCH, "damaged.sluice")
-        process = start(*arguments(out))
-        path = os.path.join(out + ".work", "layer-0")
-        while not os.path.exists(path):
-            self.assertIsNone(process.poll(), "it ended before a layer was finished")
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        sp.flip_bit(path, os.path.getsize(path) // 2)
-        done = sp.sluice(*arguments(out))
-        self.assertEqual(done.returncode, sp.CORRUPT, done.stderr)
-        self.assertIn(b"damaged", done.stderr)
+    def test_a_full_disk_between_layers_keeps_the_finished_ones(self):
+        out = os.path.join(sp.SCRATCH, "full-layers.sluice")
+        self.killed_at(lambda _: work_file(out, "layer-0"), *arguments(out))
+        kept = layers_kept(out)
+        for name in (f"states-{kept + 1}", f"layer-{kept}"):
+            with self.subTest(name):
+                partial = work_file(out, name + ".part")
+                if os.path.exists(partial):
+                    os.remove(partial)
+                os.symlink("/dev/full", partial)
+                self.refuses(sp.IO, [f"{name}: cannot be written: No space left on device", "finished layers are kept"],
+                             *arguments(out), log_lines=True)
+                os.remove(partial)
+                self.assertEqual(layers_kept(out), kept)
         self.assertFalse(os.path.exists(out))
+        self.resumes(out, kept, *arguments(out))
+        self.assertEqual(contents(out), undisturbed())
+
+    def test_a_full_disk_under_the_container_keeps_every_layer(self):
+        # Of one window: states and layers stay below 1 MiB, the container has 2.
+        whole = os.path.join(sp.SCRATCH, "one-window.sluice")
+        self.succeeds(*arguments(whole, windows=1))
+        self.assertGreater(os.path.getsize(whole), 2 << 20)
+        out = os.path.join(sp.SCRATCH, "full-container.sluice")
+        self.refuses(sp.IO, [out + ": write failed: the file may not grow beyond 1.0 MiB here"],
+                     *arguments(out, windows=1), preexec=sp.limit_file_size(1 << 20), log_lines=True)
+        self.assertFalse(os.path.exists(out))
+        self.assertEqual(temporaries(out), [])
+        self.assertEqual(layers_kept(out), LAYERS)
+        self.resumes(out, LAYERS, *arguments(out, windows=1))
+        self.assertEqual(contents(out), contents(whole))
+
+    def test_damage_of_a_layer_and_of_states_is_found(self):
+        for name in ("layer-0", "states-1"):
+            with self.subTest(name):
+                out = os.path.join(sp.SCRATCH, f"damaged-{name}.sluice")
+                self.killed_at(lambda _: work_file(out, "layer-0"), *arguments(out))
+                path = work_file(out, name)
+                sp.flip_bit(path, os.path.getsize(path) // 2)
+                self.refuses(sp.CORRUPT, [f"{path}: is missing, damaged", "give --restart"], *arguments(out),
+                             log_lines=True)
+                self.assertFalse(os.path.exists(out))
+                self.succeeds(*arguments(out), "--restart")
+                self.assertEqual(contents(out), undisturbed())
 
     def test_one_file_with_residuals_runs_in_both_precisions(self):
         paths = {}

@@ -202,6 +202,39 @@ def write_checkpoint(folder, layers=2, hidden=128, ffn=256, vocab=512):
     return config
 
 
+def gguf_text(text):
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def write_q8_gguf(path, hidden=64, heads=2, ffn=96, vocab=48):
+    """The smallest llama: one layer, every matrix Q8_0 of codes that follow one another, no tokenizer."""
+    keys = {"general.architecture": (8, gguf_text("llama"))}
+    for name, value in {"block_count": 1, "embedding_length": hidden, "attention.head_count": heads,
+                        "attention.head_count_kv": heads, "feed_forward_length": ffn, "context_length": 128}.items():
+        keys["llama." + name] = (4, struct.pack("<I", value))
+    for name, value in {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0}.items():
+        keys["llama." + name] = (6, struct.pack("<f", value))
+    shapes = {"token_embd": [hidden, vocab], "output": [hidden, vocab], "output_norm": [hidden],
+              "blk.0.attn_norm": [hidden], "blk.0.ffn_norm": [hidden], "blk.0.ffn_gate": [hidden, ffn],
+              "blk.0.ffn_up": [hidden, ffn], "blk.0.ffn_down": [ffn, hidden]}
+    shapes.update({f"blk.0.attn_{name}": [hidden, hidden] for name in ("q", "k", "v", "output")})
+    infos, data, codes = b"", b"", 0
+    for name, shape in shapes.items():
+        data += bytes(-len(data) % 32)
+        infos += gguf_text(name + ".weight") + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        infos += struct.pack("<IQ", 8 if len(shape) == 2 else 0, len(data))
+        if len(shape) == 1:
+            data += struct.pack(f"<{hidden}f", *[1.0] * hidden)
+            continue
+        for _ in range(product(shape) // 32):
+            data += struct.pack("<e32b", 0.001, *[(7 * (codes + i)) % 256 - 128 for i in range(32)])
+            codes += 32
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(shapes), len(keys))
+    head += b"".join(gguf_text(name) + struct.pack("<I", kind) + value for name, (kind, value) in keys.items()) + infos
+    with open(path, "wb") as file:
+        file.write(head + bytes(-len(head) % 32) + data)
+
+
 # ---- Containers ------------------------------------------------------------------------------------------------
 
 made = {}

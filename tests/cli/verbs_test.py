@@ -64,6 +64,25 @@ class Files(CliTest):
         self.assertEqual(report["bytes"], os.path.getsize(output))
         self.assertTrue(self.prints_json("verify", output, "--json")["ok"])
 
+    def test_import_says_what_rounding_a_second_time_cost(self):
+        source = os.path.join(sp.SCRATCH, "requantized.gguf")
+        output = os.path.join(sp.SCRATCH, "requantized.sluice")
+        sp.write_q8_gguf(source)
+        done = self.succeeds("import", source, "--weights", "int4", "--group", "32", "-o", output, "--json")
+        report = json.loads(done.stdout)
+        self.assertEqual(report["requantized"], 7)  # the embedding and the output matrix stay INT8
+        self.assertEqual(len(report["losses"]), 1)
+        loss = report["losses"][0]
+        self.assertEqual((loss["type"], loss["scheme"], loss["group"], loss["tensors"]), ("Q8_0", "int4", 32, 7))
+        # 16 steps over uniform weights: a step is an eighth of the largest, and its error 1 / sqrt(12) of it.
+        self.assertTrue(0.02 < loss["relative_error"] < 0.1, loss)
+        told = [line for line in done.stderr.decode().splitlines() if "relative RMS error" in line]
+        self.assertEqual(len(told), 1, done.stderr)
+        self.assertIn("7 tensors of type Q8_0 were decoded and rounded to int4 in groups of 32, at a relative RMS "
+                      f"error of {100 * loss['relative_error']:.2f}%", told[0])
+        kept = self.prints_json("import", source, "--weights", "keep", "-o", output, "--json")
+        self.assertEqual((kept["requantized"], kept["losses"]), (0, []))
+
     def test_import_without_json_prints_nothing_on_stdout(self):
         output = os.path.join(sp.SCRATCH, "silent.sluice")
         done = self.succeeds("import", os.path.join(sp.GOLDEN, "qwen2"), "--weights", "int8", "-o", output)

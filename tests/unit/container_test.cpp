@@ -267,6 +267,20 @@ TEST_CASE("a leftover of a process that died is taken over, a live writer's file
   CHECK(mentions(second.error(), "is being written already"));
 }
 
+TEST_CASE("leftovers of writers that were killed are removed, what a live one holds and other files are not") {
+  TempFolder folder;
+  const std::string path = folder.file("a.sluice");
+  const std::vector<std::byte> some(1000);
+  for (const char* name : {".tmp-1", ".tmp-2", ".tmp-old", ".tmp-"}) write_all(path + name, some);
+  write_all(folder.file("b.sluice.tmp-1"), some);
+  const auto held = open_locked(path + ".tmp-2", O_RDWR);
+  REQUIRE(held);
+  REQUIRE(write_tiny_container(path, smallest()));
+  CHECK_FALSE(std::filesystem::exists(path + ".tmp-1"));
+  for (const char* name : {".tmp-2", ".tmp-old", ".tmp-"}) CHECK(std::filesystem::exists(path + name));
+  CHECK(std::filesystem::exists(folder.file("b.sluice.tmp-1")));
+}
+
 TEST_CASE("a writer refuses a target it must not replace and a folder that is not there") {
   TempFolder folder;
   CHECK(mentions(ContainerWriter::create("/dev/null").error(), "not a regular file"));
@@ -318,7 +332,7 @@ TEST_CASE("a file size limit ends writing with one sentence and no file") {
   REQUIRE_FALSE(wrote.has_value());
   CHECK(wrote.error().code == ErrorCode::io);
   CHECK(wrote.error().os_code == EFBIG);
-  CHECK(mentions(wrote.error(), "may not grow beyond"));
+  CHECK(mentions(wrote.error(), "may not grow beyond 293.0 KiB"));
   CHECK(entries_in(folder.path()) == 0);
 }
 

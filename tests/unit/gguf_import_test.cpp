@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // GGUF files into containers: exact where it must be, refused where it must be.
+#include <fmt/format.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 #include <limits>
@@ -28,10 +30,11 @@ uint32_t permuted_row(uint32_t row, uint32_t head_dim) {
   return head * head_dim + 2 * i + half;
 }
 
-std::vector<float> unpermuted(const std::vector<float>& weights, uint32_t cols) {
+std::vector<float> unpermuted(const std::vector<float>& weights, uint32_t cols,
+                              uint32_t head_dim = TinyGguf::kHeadDim) {
   std::vector<float> out(weights.size());
   for (uint32_t row = 0; row < weights.size() / cols; ++row) {
-    const uint32_t from = permuted_row(row, TinyGguf::kHeadDim);
+    const uint32_t from = permuted_row(row, head_dim);
     std::copy_n(weights.begin() + from * cols, cols, out.begin() + row * cols);
   }
   return out;
@@ -83,6 +86,7 @@ TEST_CASE("keep puts every exact GGUF type into the container bit for bit, RoPE 
   const auto report = import_bytes(folder, model.file.bytes());
   REQUIRE(report);
   CHECK(report->requantized == 0);
+  CHECK(report->losses.empty());
   const auto container = storage::Container::open(folder.file("model.sluice"));
   REQUIRE(container);
   REQUIRE(container->verify({}));
@@ -145,6 +149,99 @@ TEST_CASE("rounding quantized values again is counted and said in one line") {
   CHECK(report->requantized == 9);
   REQUIRE(warnings.size() == 1);
   CHECK(warnings[0].find("9 tensors") != std::string::npos);
+}
+
+TEST_CASE("K formats are rounded again within a step, and what that cost is said by type and scheme") {
+  // As in a Q4_K_M: some matrices are Q6_K. Rows of whole blocks of 256.
+  constexpr GgufShape kShape{.hidden = 256, .heads = 2, .kv_heads = 1, .head_dim = 128, .ffn = 512, .vocab = 48};
+  const struct {
+    Role role;
+    const char* name;
+    GgmlType type;
+  } matrices[] = {
+      {Role::token_embedding, "token_embd.weight", GgmlType::q4_k},
+      {Role::q, "blk.0.attn_q.weight", GgmlType::q4_k},
+      {Role::k, "blk.0.attn_k.weight", GgmlType::q4_k},
+      {Role::v, "blk.0.attn_v.weight", GgmlType::q6_k},
+      {Role::o, "blk.0.attn_output.weight", GgmlType::q4_k},
+      {Role::gate, "blk.0.ffn_gate.weight", GgmlType::q4_k},
+      {Role::up, "blk.0.ffn_up.weight", GgmlType::q4_k},
+      {Role::down, "blk.0.ffn_down.weight", GgmlType::q6_k},
+      {Role::lm_head, "output.weight", GgmlType::q6_k},
+  };
+  const auto wish = GENERATE(import::Weights::keep, import::Weights::int8, import::Weights::int4);
+  TinyGguf model(GgmlType::f32, "llama", 1, kShape);
+  std::mt19937 random(2);
+  for (const auto& matrix : matrices) model.put_k_blocks(matrix.name, matrix.type, random);
+  TempFolder folder;
+  save(folder.file("model.gguf"), model.file.bytes());
+  import::Options options;
+  options.source = folder.file("model.gguf");
+  options.output = folder.file("model.sluice");
+  options.weights = wish;
+  std::vector<std::string> warnings;
+  options.log = [&](LogLevel level, std::string_view line) {
+    if (level != LogLevel::warning || line.find("higher precision") == std::string_view::npos) return;
+    warnings.emplace_back(line);
+  };
+  const auto report = import::import_model(options);
+  if (!report) FAIL(report.error().message);
+  CHECK(report->requantized == std::size(matrices));
+  const auto container = storage::Container::open(options.output);
+  REQUIRE(container);
+
+  struct Sum {
+    uint64_t tensors = 0;
+    double errors = 0, weights = 0;  // squares
+  };
+  std::map<std::pair<SourceType, storage::Scheme>, Sum> sums;
+  for (const auto& matrix : matrices) {
+    CAPTURE(matrix.name);
+    const SourceType type = *import::source_type_of_ggml(static_cast<uint32_t>(matrix.type));
+    const GgufMaker::Tensor& source = model.file.tensors.at(matrix.name);
+    const auto cols = static_cast<uint32_t>(source.shape[0]);
+    std::vector<float> decoded(source.shape[0] * source.shape[1]);
+    import::decode_to_float(type, std::as_bytes(std::span(source.data)), decoded);
+    if (matrix.role == Role::q || matrix.role == Role::k) decoded = unpermuted(decoded, cols, kShape.head_dim);
+    const int32_t layer = matrix.role == Role::token_embedding || matrix.role == Role::lm_head ? -1 : 0;
+    const storage::Tensor* tensor = container->find(matrix.role, layer);
+    REQUIRE(tensor != nullptr);
+    const std::vector<float> stored = stored_weights(*container, matrix.role, layer);
+    REQUIRE(stored.size() == decoded.size());
+    Sum& sum = sums[{type, tensor->scheme}];
+    ++sum.tensors;
+    for (size_t begin = 0; begin < decoded.size(); begin += tensor->group_elems) {
+      double largest = 0, worst = 0;
+      for (size_t i = begin; i < begin + tensor->group_elems; ++i) {
+        const double weight = static_cast<double>(decoded[i]), error = weight - static_cast<double>(stored[i]);
+        largest = std::max(largest, std::fabs(weight));
+        worst = std::max(worst, std::fabs(error));
+        sum.errors += error * error;
+        sum.weights += weight * weight;
+      }
+      // INT8: half a step of max / 127. INT4: a step of max / 8, for the side without the extreme ends at 7 of them.
+      // FP16 rounds a scale by 2^-11 of it, and those 7 by 7 times that: less than 5 thousandths of a step.
+      REQUIRE(worst <= 1.005 * largest * (tensor->scheme == storage::Scheme::int8 ? 0.5 / 127 : 1.0 / 8));
+    }
+  }
+  REQUIRE(report->losses.size() == sums.size());
+  REQUIRE(warnings.size() == sums.size());
+  for (const import::RequantizationLoss& loss : report->losses) {
+    CAPTURE(import::name_of(loss.type), storage::name_of(loss.scheme));
+    const Sum& sum = sums.at({loss.type, loss.scheme});
+    const double expected = std::sqrt(sum.errors / sum.weights);
+    CHECK(loss.tensors == sum.tensors);
+    CHECK(loss.group_elems == (wish == import::Weights::keep ? 32u : 128u));
+    CHECK(loss.relative_error == Approx(expected).epsilon(1e-9));
+    CHECK((expected > 1e-3 && expected < 0.4));
+    const std::string told = fmt::format("{} tensors of type {} were decoded and rounded to {} in groups of {}, at a "
+                                         "relative RMS error of {:.2f}%",
+                                         sum.tensors, import::name_of(loss.type), storage::name_of(loss.scheme),
+                                         loss.group_elems, 100 * expected);
+    CHECK(std::count_if(warnings.begin(), warnings.end(), [&](const std::string& line) {
+            return line.find(told) != std::string::npos;
+          }) == 1);
+  }
 }
 
 TEST_CASE("Qwen's rows and biases are not permuted") {

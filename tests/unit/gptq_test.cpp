@@ -167,6 +167,26 @@ TEST_CASE("GPTQ's own estimate is the error of the outputs, and far below that o
   }
 }
 
+TEST_CASE("a residual by GPTQ says what is left of the weights") {
+  const uint32_t seed = printed_seed();
+  INFO("seed " << seed);
+  std::mt19937 random(seed);
+  constexpr uint32_t kRows = 80, kCols = 200;
+  const std::vector<float> w = normal(size_t{kRows} * kCols, 0.05f, random);
+  const GptqFactor factor = factor_of(correlated_rows(3 * kCols, kCols, random), kCols);
+  Tensor tensor = int4_tensor(kRows, kCols, 128);
+  tensor.residual_group_elems = kResidualGroup;
+  RoundingLoss loss;
+  Planes planes = round_by_gptq(tensor, w, factor, true, loss);
+  const double left = add_residual_by_gptq(tensor, w, factor, planes);
+  const std::vector<float> base = values_of(tensor, planes);
+  const std::vector<float> second = dequantize(tensor.residual(), planes.residual, planes.residual_scales, {}, {});
+  double squares = 0;
+  for (size_t i = 0; i < w.size(); ++i) squares += std::pow(double{w[i]} - double{base[i]} - double{second[i]}, 2);
+  CHECK(std::fabs(left - squares) <= 1e-4 * squares);
+  CHECK(left < loss.error_squares / 4);
+}
+
 TEST_CASE("rows are rounded alike in every company, and moments do not depend on the number of threads") {
   const uint32_t seed = printed_seed();
   std::mt19937 random(seed);

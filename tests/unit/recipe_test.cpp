@@ -16,11 +16,11 @@ using namespace sluice::test;
 using storage::Role;
 using storage::Scheme;
 
-// The tensors of a llama of three layers.
-std::vector<import::SourceTensor> tensors() {
+// The tensors of a llama.
+std::vector<import::SourceTensor> tensors(uint32_t layers = 3) {
   storage::HyperParameters hyper = tiny_hyper();
   hyper.architecture = storage::Architecture::llama;
-  hyper.layers = 3;
+  hyper.layers = layers;
   std::vector<import::SourceTensor> all;
   for (const import::WantedTensor& wanted : import::wanted_tensors(hyper, false)) {
     import::SourceTensor tensor;
@@ -66,7 +66,7 @@ TEST_CASE("the first rule that matches name and layer decides, and --method over
   const File file(R"(
 [[rule]]
 tensors = ["*.q_proj.weight", "*.v_proj.weight"]
-layers = "0, 2-5"
+layers = "0, 2-5"  # a range may reach beyond the last layer
 scheme = "keep"
 [[rule]]
 tensors = "model.layers.*"
@@ -127,26 +127,75 @@ TEST_CASE("recipes with typos are refused with file and line") {
 }
 
 TEST_CASE("a rule that gets nothing, a matrix without a rule and an int4 embedding are refused") {
-  refuses("[[rule]]\ntensors = \"*.q_porj.weight\"\nscheme = \"f16\"\n" + kRest, ErrorCode::usage,
-          "the rule in line 1 (\"*.q_porj.weight\") gets no tensor");
-  refuses(kRest + kRest, ErrorCode::usage, "the rule in line 4");
-  refuses("[[rule]]\ntensors = \"*\"\nlayers = \"7\"\nscheme = \"f16\"\n" + kRest, ErrorCode::usage, "gets no tensor");
+  refuses(kRest + kRest, ErrorCode::usage, "the rule in line 4 (\"*\") gets no tensor");
   refuses("[[rule]]\ntensors = \"model.layers.*\"\nscheme = \"int4\"\n", ErrorCode::usage,
           "no rule matches tensor \"model.embed_tokens.weight\"");
   refuses("[[rule]]\ntensors = \"*\"\nscheme = \"int4\"\n", ErrorCode::usage, "makes the embedding int4");
 }
 
-TEST_CASE("every shipped recipe reads and gives every matrix of a model a choice") {
+TEST_CASE("a pattern or a range that matches nothing is named, alone and in a list of others that do") {
+  const auto with = [](const std::string& tensors, const std::string& layers) {
+    return "[[rule]]\ntensors = " + tensors + "\nscheme = \"f16\"\n" +
+           (layers.empty() ? "" : "layers = \"" + layers + "\"\n") + kRest;
+  };
+  const std::string typo = "the rule in line 1: \"*.v_porj.weight\" matches no matrix of this model";
+  refuses(with(R"("*.v_porj.weight")", ""), ErrorCode::usage, typo);
+  refuses(with(R"(["*.q_proj.weight", "*.v_porj.weight"])", ""), ErrorCode::usage, typo);
+  refuses(with(R"(["*.q_proj.weight", "*.v_porj.weight"])", "0-1"), ErrorCode::usage, typo);
+  // It comes before the matrices that the typo leaves without a rule.
+  refuses("[[rule]]\ntensors = [\"*.q_proj.weight\", \"*.v_porj.weight\"]\nscheme = \"f16\"\n", ErrorCode::usage, typo);
+  // Vectors stay as they are, so naming them does nothing.
+  refuses(with(R"(["*.q_proj.weight", "*.input_layernorm.weight"])", ""), ErrorCode::usage,
+          "\"*.input_layernorm.weight\" matches no matrix of this model");
+  for (const char* layers : {"99", "0-1, 99", "99, 0-1"}) {
+    refuses(with(R"("*.q_proj.weight")", layers), ErrorCode::usage,
+            "the rule in line 1: no matrix that it names lies in layer 99 of this model");
+  }
+  refuses(with(R"("*")", "0-1, 3-4"), ErrorCode::usage, "lies in layers 3-4 of this model");
+  refuses(with(R"(["*.q_proj.weight", "lm_head.weight"])", "0-1"), ErrorCode::usage,
+          "\"lm_head.weight\" matches no matrix in the rule's layers");
+}
+
+TEST_CASE("a pattern counts where an earlier rule takes what it matches") {
+  const File file(R"(
+[[rule]]
+tensors = "*.q_proj.weight"
+scheme = "f16"
+[[rule]]
+tensors = ["*.q_proj.weight", "*.k_proj.weight"]
+layers = "0-1, 1"
+scheme = "bf16"
+[[rule]]
+tensors = "*"
+scheme = "int8"
+)");
+  const auto recipe = read_recipe(file.path);
+  REQUIRE(recipe);
+  const auto choices = apply_recipe(*recipe, tensors(), std::nullopt);
+  if (!choices) FAIL(choices.error().message);
+}
+
+TEST_CASE("every shipped recipe reads and gives every matrix of every kind of model a choice") {
   const char* folder = std::getenv("SLUICE_RECIPES");
-  REQUIRE(folder != nullptr);
+  const char* golden = std::getenv("SLUICE_GOLDEN");
+  REQUIRE((folder != nullptr && golden != nullptr));
+  std::vector<std::vector<import::SourceTensor>> models = {tensors(1), tensors(80)};
+  for (const char* name : {"llama3", "llama-tied", "mistral", "qwen2", "qwen2-large-activations", "qwen3"}) {
+    auto checkpoint = import::open_checkpoint(std::string(golden) + "/" + name, {});
+    if (!checkpoint) FAIL(checkpoint.error().message);
+    models.push_back(std::move(checkpoint->tensors));
+  }
   size_t recipes = 0;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     INFO(entry.path().string());
     const auto recipe = read_recipe(entry.path().string());
     REQUIRE(recipe);
     CHECK_FALSE(recipe->description.empty());
-    const auto choices = apply_recipe(*recipe, tensors(), std::nullopt);
-    if (!choices) FAIL(choices.error().message);
+    for (const auto& model : models) {
+      const auto choices = apply_recipe(*recipe, model, std::nullopt);
+      if (!choices) FAIL(choices.error().message);
+      for (size_t i = 0; i < model.size(); ++i) CHECK((*choices)[i].has_value() == !model[i].vector);
+    }
     ++recipes;
   }
   CHECK(recipes == 7);

@@ -86,6 +86,43 @@ TEST_CASE("int8 and int4 err by half a step at most, ragged shapes and all magni
   }
 }
 
+TEST_CASE("a residual says what is left, and losses of tensors with different exponents add up") {
+  RoundingLoss all;
+  double errors = 0, weight_squares = 0, left = 0;  // in double, of the weights as they are
+  for (const float spread : {1e-12f, 0.02f, 1e7f}) {
+    CAPTURE(spread);
+    const auto weights = random_weights(33 * 200, spread, 12);
+    Tensor tensor = tensor_of(Scheme::int4, 33, 200, 128);
+    tensor.residual_group_elems = kResidualGroup;
+    auto planes = round_to_nearest(tensor, weights);
+    REQUIRE(planes);
+    CHECK((spread == 0.02f) == (tensor.scale_exponent == 0));
+    RoundingLoss loss = loss_of(tensor, weights, *planes);
+    CHECK_FALSE(loss.fine_squares);
+    loss.fine_squares = add_residual(tensor, weights, *planes);
+    const auto base = dequantize(tensor, planes->values, planes->scales, planes->zeros, planes->bias);
+    const auto second = dequantize(tensor.residual(), planes->residual, planes->residual_scales, {}, {});
+    double of_base = 0, of_both = 0, squares = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const double error = static_cast<double>(weights[i]) - static_cast<double>(base[i]);
+      of_base += error * error;
+      of_both += std::pow(error - static_cast<double>(second[i]), 2);
+      squares += static_cast<double>(weights[i]) * static_cast<double>(weights[i]);
+    }
+    CHECK(loss.relative(loss.error_squares) == Approx(std::sqrt(of_base / squares)).epsilon(1e-9));
+    // The residual is rounded from w - q in FP32, which is off by 2^-24 of it and by 2^-20 of what is left.
+    CHECK(loss.relative(*loss.fine_squares) == Approx(std::sqrt(of_both / squares)).epsilon(1e-5));
+    CHECK(of_both < of_base / 50);
+    all.merge(loss.times_exponent(tensor.scale_exponent));
+    errors += of_base, weight_squares += squares, left += of_both;
+  }
+  CHECK(all.error_squares == Approx(errors).epsilon(1e-9));
+  CHECK(all.weight_squares == Approx(weight_squares).epsilon(1e-9));
+  REQUIRE(all.fine_squares);
+  CHECK(*all.fine_squares == Approx(left).epsilon(1e-5));
+  CHECK(RoundingLoss().relative(0) == 0);
+}
+
 TEST_CASE("FP16 values of any power-of-two range stay exact") {
   const auto weights = random_weights(16 * 32, 1.0f, 3);
   for (const int exponent : {-40, -20, 0, 20, 60}) {

@@ -131,6 +131,9 @@ TEST_CASE("bad task files are refused with their line") {
   refuses("Question,Correct Answer\na,b,c\n", ErrorCode::corrupt, "record 1: has 3 fields", "a.csv");
   refuses("Question,\"Correct\na,b\n", ErrorCode::corrupt, "is not closed", "a.csv");
   refuses("Question,Correct Answer\n", ErrorCode::usage, "no problem", "a.csv");
+  refuses("Question,Correct Answer\ncaf\xe9,b\n", ErrorCode::corrupt, "the bytes at offset 27 are not UTF-8", "a.csv");
+  refuses("{\"prompt\": \"caf\xe9\", \"answer\": \"b\"}\n", ErrorCode::corrupt,
+          "the bytes at offset 15 are not UTF-8");
   const auto missing = read_tasks("/nowhere/tasks.jsonl");
   REQUIRE_FALSE(missing);
   CHECK(missing.error().code == ErrorCode::not_found);

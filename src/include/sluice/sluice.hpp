@@ -273,8 +273,16 @@ struct ImportOptions {
   LogHook log;
   std::function<void(uint64_t done, uint64_t total, uint64_t bytes, const std::string& name)> progress;
 };
+// What it cost to round matrices once more that were quantized already: those of one type that became one scheme.
+struct RequantizationLoss {
+  std::string type, scheme;          // "Q4_K", "int4"
+  uint32_t group = 0;                // weights that share a scale
+  uint64_t tensors = 0;
+  double relative_error = 0;         // RMS of the change over RMS of the weights
+};
 struct ImportReport {
   uint64_t tensors = 0, bytes = 0, requantized = 0;
+  std::vector<RequantizationLoss> losses;   // of the requantized ones
   double seconds = 0;
 };
 SLUICE_API Result<ImportReport> import_model(const ImportOptions& options);
@@ -298,6 +306,7 @@ struct QuantizeReport {
   uint64_t tensors = 0, bytes = 0;
   uint32_t resumed_layers = 0;
   double bits_per_weight = 0;            // of the matrices in the layers
+  double residual_bits_per_weight = 0;   // ... of their residuals, besides
   double seconds = 0;
   double weights_per_second = 0;         // of the matrices that this call rounded
   std::string json;                      // with the error of every matrix
@@ -320,6 +329,9 @@ SLUICE_API Result<ImportReport> synth_model(const SynthOptions& options);
 SLUICE_API Result<std::string> inspect_json(const std::string& path);
 // Reads the whole file and compares every checksum. Error: corrupt, naming tensor and offset.
 SLUICE_API Status verify_file(const std::string& path, const std::function<void(uint64_t done, uint64_t total)>& progress = {});
+
+// Error: corrupt, where `text` has bytes that are not UTF-8, with the offset of the first; `name` begins the message.
+SLUICE_API Status check_utf8(std::string_view text, const std::string& name);
 
 // Encodes with the tokenizer of a container or of a tokenizer.json. Thread-safe when const.
 class SLUICE_API TextCodec {
