@@ -4,8 +4,9 @@
 Every run draws its fault's period and length from its seed. A run counts as right if one train has the cause of its
 fault and no other train has another one. Prints the table of causes that were named.
 
-A run beside which other processes took more of the machine than OTHERS is made again: what they do to it is no fault of
-its own. Whether it is is known before its trace is looked at. Where a token takes longer than the shortest fault (under
+A run beside which other processes took more of the machine than OTHERS, or a hypervisor more than STOLEN, is made again:
+what they do to it is no fault of its own. Whether it is is known before its trace is looked at. (Where a hypervisor holds
+a machine to its share every 100 ms, a streamed run has a true train of that period: 5 ms each at 3% stolen.) Where a token takes longer than the shortest fault (under
 sanitizers), all runs are made and nothing is judged: skipped.
 
 SLUICE_RUNS      runs of each kind (default 6)
@@ -30,8 +31,8 @@ RUNS = int(os.environ.get("SLUICE_RUNS", "6"))
 FIRST_SEED = int(os.environ.get("SLUICE_SEED", "1001"))
 RESULTS = os.environ.get("SLUICE_RESULTS")
 SECONDS = float(os.environ.get("SLUICE_SECONDS", "900"))
-# Share of all cores that other processes may take beside a run.
-OTHERS = 0.05
+# Share of all cores that other processes may take beside a run, and that a hypervisor may.
+OTHERS, STOLEN = 0.05, 0.01
 PLACES = 14                  # of a fault in a run
 CLEAN_TOKENS = 300
 
@@ -54,23 +55,24 @@ PLACEMENTS = ["resident", "streamed", "hosted", "mapped"]
 
 
 def core_seconds():
-    """Of the machine since it started, and of this process with its children."""
+    """That other processes than this one and its children took since the machine started, and that were stolen."""
     with open("/proc/stat") as file:
-        fields = [int(field) for field in file.readline().split()[1:]]
+        user, nice, system, _, _, irq, softirq, steal = (int(field) for field in file.readline().split()[1:9])
     own = sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime
               for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK"), own
+    second = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + softirq) / second - own, steal / second
 
 
 class Beside:
-    """What share of all cores others took since it was made."""
+    """What shares of all cores other processes and a hypervisor took since it was made."""
 
     def __init__(self):
         self.began, self.before = time.monotonic(), core_seconds()
 
-    def share(self):
-        busy, own = (now - then for now, then in zip(core_seconds(), self.before))
-        return (busy - own) / ((time.monotonic() - self.began) * os.cpu_count())
+    def shares(self):
+        cores = (time.monotonic() - self.began) * os.cpu_count()
+        return [(now - then) / cores for now, then in zip(core_seconds(), self.before)]
 
 
 class Causes(CliTest):
@@ -98,12 +100,13 @@ class Causes(CliTest):
             beside = Beside()
             self.succeeds("run", self.model, "-p", "Hello", "-n", tokens, "--ignore-eos", "--temp", 1, "--seed", seed,
                           "--context", 512, "-q", "--trace", trace, *faults, *self.placements[placement])
-            others = beside.share()
-            if others <= OTHERS:
+            others, stolen = beside.shares()
+            if others <= OTHERS and stolen <= STOLEN:
                 break
             type(self).again += 1
             if time.monotonic() > self.until:
-                self.skipTest(f"other processes take {others:.0%} of the machine; use a quiet one")
+                self.skipTest(f"other processes take {others:.1%} of the machine and a hypervisor {stolen:.1%}; use a "
+                              "quiet one")
         keep = ("cause", "clock", "period", "filled", "places", "p_value", "share_of_time", "excess_each", "evidence",
                 "excess_parts")
         trains = [{key: train[key] for key in keep} for train in self.prints_json("trace", trace, "--json")["trains"]]
@@ -111,7 +114,8 @@ class Causes(CliTest):
         if RESULTS:
             with open(RESULTS, "a") as file:
                 print(json.dumps({"kind": name, "seed": seed, "fault": fault, "placement": placement,
-                                  "others": round(others, 4), "trains": trains}), file=file)
+                                  "others": round(others, 4), "stolen": round(stolen, 4), "trains": trains}),
+                          file=file)
 
     def make_runs(self):
         """All runs that are missing, one of each kind after the other, so that all see the same hours of the machine."""
@@ -143,7 +147,7 @@ class Causes(CliTest):
 
     def test_causes_are_named_rightly_and_not_where_there_is_none(self):
         self.make_runs()
-        print(f"seeds {FIRST_SEED} to {FIRST_SEED + RUNS - 1}; {self.again} runs made again because of other processes; "
+        print(f"seeds {FIRST_SEED} to {FIRST_SEED + RUNS - 1}; {self.again} runs made again because of others; "
               "right, and what all trains were called")
         shares = []
         for kind in KINDS:
