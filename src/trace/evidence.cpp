@@ -68,23 +68,26 @@ TokenEvidence::TokenEvidence(Track& track, const std::string& weights, bool stre
   }
 }
 
-bool TokenEvidence::wants_files(uint64_t token_ticks, uint64_t at) {
-  constexpr double kSlow = 1.25, kPace = 1.0 / 16, kPauses = 2048;
+bool TokenEvidence::is_slow(uint64_t token_ticks) {
+  constexpr double kSlow = 1.25, kPace = 1.0 / 16;
   const auto taken = static_cast<double>(token_ticks);
   const bool slow = taken > kSlow * usual_ticks_;
   // A slow token moves what is usual by no more than one that is twice as slow.
   usual_ticks_ = usual_ticks_ > 0 ? usual_ticks_ + kPace * (std::min(taken, 2 * usual_ticks_) - usual_ticks_) : taken;
-  return slow || static_cast<double>(at - files_read_at_) >= kPauses * file_ticks_;
+  return slow;
 }
 
 void TokenEvidence::read(uint64_t token_ticks) {
   const uint64_t at = ticks();
   read_usage(at);
   if (streams_) read_drive(at);
-  if (!wants_files(token_ticks, at)) return;
-  constexpr double kPace = 1.0 / 16;
+  constexpr double kPace = 1.0 / 16, kPauses = 4096;
+  constexpr uint32_t kOrdinaryReadings = 4;   // all files in one of them
+  const bool slow = is_slow(token_ticks);
+  if (!slow && static_cast<double>(at - files_read_at_) < kPauses * file_ticks_) return;
   const uint64_t begin = ticks();
   read_files(at);
+  if (slow || ordinary_readings_++ % kOrdinaryReadings == 0) read_seldom_used_files(at);
   const auto taken = static_cast<double>(ticks() - begin);
   file_ticks_ = file_ticks_ > 0 ? file_ticks_ + kPace * (taken - file_ticks_) : taken;
   files_read_at_ = at;
@@ -98,11 +101,16 @@ void TokenEvidence::read_files(uint64_t at) {
   }
   uint64_t value = 0;
   if (number_at(schedule_.read(), 1, value)) track_.count(Counter::run_delay_ns, at, value);
-  if (number_at(memory_.read(), 1, value)) track_.count(Counter::resident_bytes, at, value * 4096);
   read_pressure(at, cpu_pressure_, Counter::psi_cpu_us);
+  if (!streams_) read_drive(at);
+}
+
+// Shown, but no cause is found by them.
+void TokenEvidence::read_seldom_used_files(uint64_t at) {
+  uint64_t value = 0;
+  if (number_at(memory_.read(), 1, value)) track_.count(Counter::resident_bytes, at, value * 4096);
   read_pressure(at, io_pressure_, Counter::psi_io_us);
   read_pressure(at, memory_pressure_, Counter::psi_memory_us);
-  if (!streams_) read_drive(at);
 }
 
 // Documentation/block/stat.rst of Linux: reads, merged, sectors, ms, writes, merged, sectors, ms.

@@ -2,7 +2,7 @@
 // Counters of the operating system, read beside the spans: why a wait was long.
 //
 // What the process and the thread used is asked for once a token, by the thread that decodes; files, each 3 to 8 us
-// where caches are cold, after slow tokens and otherwise so seldom that they take half a thousandth of the time; those
+// where caches are cold, after slow tokens and otherwise so seldom that they take a four-thousandth of the time; those
 // that take more, a few times a second by the collector. Files of /proc and /sys are opened once. One that is missing (a
 // kernel without PSI, a container that hides it) leaves its counter out.
 #pragma once
@@ -50,9 +50,10 @@ class TokenEvidence {
   void read(uint64_t token_ticks);
 
  private:
-  bool wants_files(uint64_t token_ticks, uint64_t at);
+  bool is_slow(uint64_t token_ticks);
   void read_usage(uint64_t at);
   void read_files(uint64_t at);
+  void read_seldom_used_files(uint64_t at);
   void read_drive(uint64_t at);
   void read_pressure(uint64_t at, StatFile& file, Counter counter);
 
@@ -61,6 +62,7 @@ class TokenEvidence {
   double usual_ticks_ = 0;       // of a token
   double file_ticks_ = 0;        // of reading the files
   uint64_t files_read_at_ = 0;
+  uint32_t ordinary_readings_ = 0;
   pid_t thread_ = 0;
   StatFile schedule_;            // of thread_
   StatFile memory_;
