@@ -82,43 +82,42 @@ void append_utf8(std::string& out, uint32_t code_point) {
   }
 }
 
-std::string_view valid_utf8(std::string_view text, std::string& storage) {
-  size_t copied = 0;  // everything before is in `storage`, if anything was replaced at all
-  bool replaced = false;
-  for (size_t i = 0; i < text.size();) {
-    if (static_cast<uint8_t>(text[i]) < 0x80) {
-      ++i;
-      continue;
-    }
-    const Utf8Char c = next_utf8(text.substr(i));
-    if (c.state != Utf8State::valid) {
-      if (!replaced) storage.clear();
-      replaced = true;
-      storage.append(text.substr(copied, i - copied));
-      append_utf8(storage, 0xfffd);
-      copied = i + c.bytes;
-    }
-    i += c.bytes;
-  }
-  if (!replaced) return text;
-  storage.append(text.substr(copied));
-  return storage;
-}
+namespace {
 
-Status check_utf8(std::string_view text, const std::string& name) {
-  for (size_t at = 0; at < text.size();) {
+// Where the first bytes from `at` on lie that are no character; the end of `text` if all are.
+size_t find_invalid(std::string_view text, size_t at) {
+  while (at < text.size()) {
     if (static_cast<uint8_t>(text[at]) < 0x80) {
       ++at;
       continue;
     }
     const Utf8Char c = next_utf8(text.substr(at));
-    if (c.state != Utf8State::valid) {
-      return fail(ErrorCode::corrupt,
-                  fmt::format("{}: the bytes at offset {} are not UTF-8; give text in that encoding", name, at));
-    }
+    if (c.state != Utf8State::valid) return at;
     at += c.bytes;
   }
-  return {};
+  return text.size();
+}
+
+}  // namespace
+
+std::string_view valid_utf8(std::string_view text, std::string& storage) {
+  size_t copied = 0, bad = find_invalid(text, 0);
+  if (bad == text.size()) return text;
+  storage.clear();
+  for (; bad < text.size(); bad = find_invalid(text, copied)) {
+    storage.append(text.substr(copied, bad - copied));
+    append_utf8(storage, 0xfffd);
+    copied = bad + next_utf8(text.substr(bad)).bytes;
+  }
+  storage.append(text.substr(copied));
+  return storage;
+}
+
+Status check_utf8(std::string_view text, const std::string& name) {
+  const size_t bad = find_invalid(text, 0);
+  if (bad == text.size()) return {};
+  return fail(ErrorCode::corrupt,
+              fmt::format("{}: the bytes at offset {} are not UTF-8; give text in that encoding", name, bad));
 }
 
 bool is_white_space(uint32_t c) {

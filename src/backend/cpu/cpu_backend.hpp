@@ -97,7 +97,6 @@ class CpuBackend final : public Backend {
 
   Result<Matrix> matrix(const Weight& weight) const;
   Form form_of(const Matrix& matrix) const;
-  bool share_form(const Matrix& a, const Matrix& b) const;
   void prepare_form(Form form, const float* in, const uint32_t* perm, uint32_t cols, uint32_t rows);
   void multiply_chunk(const Op& op, uint32_t first_weight, uint32_t last_weight, Form form, const Matrix* matrices,
                       uint32_t first_row, uint32_t rows);

@@ -163,13 +163,6 @@ CpuBackend::Form CpuBackend::form_of(const Matrix& matrix) const {
   return Form::plain;
 }
 
-// Q, K and V of a layer saw the same inputs when they were quantized, so their permutations are usually equal; comparing
-// 4 K bytes costs less than making a form anew.
-bool CpuBackend::share_form(const Matrix& a, const Matrix& b) const {
-  if (form_of(a) != form_of(b) || (a.perm == nullptr) != (b.perm == nullptr)) return false;
-  return a.perm == nullptr || std::equal(a.perm, a.perm + a.cols, b.perm);
-}
-
 void CpuBackend::prepare_form(Form form, const float* in, const uint32_t* perm, uint32_t cols, uint32_t rows) {
   if (form == Form::plain) return;
   std::byte* to = scratch_memory_.data() + scratch_.form;
@@ -263,7 +256,10 @@ Status CpuBackend::matmul(const Op& op) {
   // Weights of one form next to each other share it; a mixed operation takes one run after the other.
   for (uint32_t first = 0, last = 0; first < op.weight_count; first = last) {
     const Form form = form_of(matrices[first]);
-    for (last = first + 1; last < op.weight_count && share_form(matrices[first], matrices[last]);) ++last;
+    const auto shares_form = [&](uint32_t i) {
+      return form_of(matrices[i]) == form && same_order(op.weights[first], op.weights[i]);
+    };
+    for (last = first + 1; last < op.weight_count && shares_form(last);) ++last;
     const uint32_t chunk = form == Form::quantized ? kChunkRows : kFloatChunkRows;
     for (uint32_t row = 0; row < active_rows_; row += chunk) {
       multiply_chunk(op, first, last, form, matrices, row, std::min(chunk, active_rows_ - row));
