@@ -120,10 +120,14 @@ struct DeviceMemory {
   uint64_t overhead_bytes = 0;        // that the process takes by using the device at all: context, kernels, graphs
 };
 
-// What an operation of a pass took on a device that works through its queue by itself.
+// When an operation of a pass ran, on a device that works through its queue by itself; nanoseconds of the device's clock,
+// which begins anywhere.
 struct OpTime {
-  uint64_t wait_ns = 0;               // idle in front of it, for weights that had to be waited for
-  uint64_t run_ns = 0;
+  uint64_t begin_ns = 0;              // where the operation before it ended
+  uint64_t ready_ns = 0;              // ... and until when the device was idle for weights that had to be waited for
+  uint64_t end_ns = 0;
+  uint64_t wait_ns() const { return ready_ns - begin_ns; }
+  uint64_t run_ns() const { return end_ns - ready_ns; }
 };
 
 using EventId = uint32_t;

@@ -19,8 +19,8 @@ StageTimes device_stages(std::span<const Step> program, const plan::Plan& plan, 
     SLUICE_CHECK(op < ops.size());
     const bool host_tier = step.stream_item >= 0 &&
                            plan.stream[static_cast<size_t>(step.stream_item)].tier == plan::Tier::host;
-    times[host_tier ? Stage::copy_wait : Stage::disk_wait] += ops[op].wait_ns;
-    times[step.stage] += ops[op].run_ns;
+    times[host_tier ? Stage::copy_wait : Stage::disk_wait] += ops[op].wait_ns();
+    times[step.stage] += ops[op].run_ns();
     ++op;
   }
   SLUICE_CHECK(op == ops.size());

@@ -43,6 +43,8 @@ enum class Kind : uint16_t {
   turn_wait = 26,  // before a pass: another session's ran
   session = 27,    // session track, in run_model: the session's own work before, between and after its passes
   collect = 28,    // machine track: the trace's own thread at work
+  slot_wait = 29,  // prefetcher track: nothing to do until a copy leaves its staging slot
+  prepare = 30,    // engine track, inside an operation's span: recording of commands that later passes repeat (graphs)
   count,
 };
 
@@ -91,6 +93,8 @@ enum class Counter : uint16_t {
   gpu_milliwatts = 26,
   drive_celsius = 27,
   drive_throttles = 28,  // grows when the drive is too hot
+  device_clock_error_ns = 29,  // device track: its stamps are at most so far from the host's clock; a reading
+  ring_bytes = 30,             // prefetcher track: in the stream ring, filled and not yet released; a reading
   count,
 };
 

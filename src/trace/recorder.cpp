@@ -21,7 +21,7 @@ constexpr std::array<std::string_view, static_cast<size_t>(Kind::count)> kKindNa
     "pass",       "embed",      "norm",      "matmul",   "rope",       "attention",  "activation",
     "lm_head",    "disk_wait",  "copy_wait", "layer",    "finish",     "disk_read",  "bus_copy",
     "check",      "stage_wait", "ring_wait", "counter",  "injected",   "turn_wait",  "session",
-    "collect"};
+    "collect",    "slot_wait",  "prepare"};
 
 constexpr std::array<std::string_view, static_cast<size_t>(Counter::count)> kCounterNames = {
     "minor_faults",   "major_faults",    "voluntary_switches", "forced_switches", "run_delay_ns",
@@ -29,7 +29,8 @@ constexpr std::array<std::string_view, static_cast<size_t>(Counter::count)> kCou
     "disk_read_ms",   "disk_writes",     "disk_write_ms",      "stream_bytes",    "resident_bytes",
     "reclaimed_pages", "swapped_pages",  "context",            "process_cpu_ns",  "refaults",
     "thread_cpu_ns",  "busy_ms",         "steal_ms",           "gpu_clock_mhz",   "gpu_throttle",
-    "gpu_celsius",    "gpu_milliwatts",  "drive_celsius",      "drive_throttles"};
+    "gpu_celsius",    "gpu_milliwatts",  "drive_celsius",      "drive_throttles",
+    "device_clock_error_ns", "ring_bytes"};
 
 }  // namespace
 

@@ -46,7 +46,9 @@ bool is_reading(Counter counter) {
     case Counter::gpu_throttle:
     case Counter::gpu_celsius:
     case Counter::gpu_milliwatts:
-    case Counter::drive_celsius: return true;
+    case Counter::drive_celsius:
+    case Counter::device_clock_error_ns:
+    case Counter::ring_bytes: return true;
     default: return false;
   }
 }

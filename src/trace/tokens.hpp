@@ -36,6 +36,7 @@ struct Token {
   // readings (see record.hpp) as they are.
   std::array<double, static_cast<size_t>(Counter::count)> counters{};
   double covered = 0;                    // seconds in which run_delay_ns and psi_cpu_us grew; 0: not read for this one
+  double prepared = 0;                   // seconds, of those above, in which its passes recorded commands (Kind::prepare)
   bool decoded = false;                  // one row after another generated token: what ITL is about
 
   double total() const { return end - begin; }

@@ -25,7 +25,7 @@ std::vector<std::pair<uint64_t, uint64_t>> times_of(const std::vector<std::pair<
   }
   clock.read(stamps);
   std::vector<std::pair<uint64_t, uint64_t>> times;
-  for (const OpTime& time : clock.times()) times.emplace_back(time.run_ns, time.wait_ns);
+  for (const OpTime& time : clock.times()) times.emplace_back(time.run_ns(), time.wait_ns());
   return times;
 }
 using Times = std::vector<std::pair<uint64_t, uint64_t>>;

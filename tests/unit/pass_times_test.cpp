@@ -31,10 +31,21 @@ plan::Plan plan_of_three() {
   return plan;
 }
 
+// Operations behind each other, of these waits and runs, on a clock that began some time ago.
+std::vector<OpTime> ops_of(const std::vector<std::pair<uint64_t, uint64_t>>& waits_and_runs) {
+  std::vector<OpTime> ops;
+  uint64_t at = 7000;
+  for (const auto& [wait, run] : waits_and_runs) {
+    ops.push_back({.begin_ns = at, .ready_ns = at + wait, .end_ns = at + wait + run});
+    at += wait + run;
+  }
+  return ops;
+}
+
 }  // namespace
 
 TEST_CASE("a pass's time is divided by what the device says, and what that leaves belongs to its end") {
-  const std::vector<OpTime> ops = {{0, 5}, {100, 50}, {0, 20}, {30, 60}, {0, 2}, {7, 9}};
+  const std::vector<OpTime> ops = ops_of({{0, 5}, {100, 50}, {0, 20}, {30, 60}, {0, 2}, {7, 9}});
   const StageTimes times = device_stages(two_layers(), plan_of_three(), true, ops, 1000);
   CHECK(times[Stage::norm] == 5);
   CHECK(times[Stage::matmul] == 110);
@@ -46,7 +57,7 @@ TEST_CASE("a pass's time is divided by what the device says, and what that leave
 }
 
 TEST_CASE("a pass without logits has no lm_head, and never more time than it took where clocks differ") {
-  const std::vector<OpTime> ops = {{0, 5}, {0, 50}, {0, 20}, {0, 60}};
+  const std::vector<OpTime> ops = ops_of({{0, 5}, {0, 50}, {0, 20}, {0, 60}});
   const StageTimes times = device_stages(two_layers(), plan_of_three(), false, ops, 140);
   CHECK(times[Stage::lm_head] == 0);
   CHECK(times[Stage::embed] == 5);

@@ -28,7 +28,7 @@ void PassClock::read(std::span<const sluice::cuda::Stamp> stamps) {
   for (size_t i = 1; i < last; ++i) {
     const uint64_t begin = marks_[i].awaited ? std::max<uint64_t>(before, stamps[i].begin_ns) : before;
     const uint64_t end = std::max(begin, end_of(i));
-    times_.push_back({.wait_ns = begin - before, .run_ns = end - begin});
+    times_.push_back({.begin_ns = before, .ready_ns = begin, .end_ns = end});
     before = end;
   }
 }
