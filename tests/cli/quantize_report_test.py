@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantize says: its report, where that cannot go, and what an interruption leaves."""
+"""What quantize says: its report, where that cannot go, what it reads of the text, and what an interruption leaves."""
 import json
 import os
 import random
+import struct
 import time
 import unittest
 
@@ -92,6 +93,56 @@ class Reports(CliTest):
                 self.refuses(sp.IO, [path, "cannot be written"], *calibrated(out, 4), "--report", path)
                 self.assertFalse(os.path.exists(out))
                 self.assertFalse(os.path.exists(out + ".work"))
+
+
+class Calibration(CliTest):
+    TEXT = bytes(range(32, 127))  # each byte is its own token
+    WINDOW, HIDDEN, VOCAB = 16, 128, 512
+
+    def arguments(self, begin, *flags):
+        """With `begin` every window starts with token 256. There is one layer."""
+        folder = os.path.join(sp.SCRATCH, f"begin-{begin}")
+        text = folder + ".txt"
+        if not os.path.exists(folder):
+            sp.write_checkpoint(folder, layers=1, hidden=self.HIDDEN, vocab=self.VOCAB)
+            with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
+                json.dump({"bos_token": "<|im_start|>", "add_bos_token": begin}, file)
+            with open(text, "wb") as file:
+                file.write(self.TEXT)
+        return ["quantize", folder, "-o", folder + ".sluice", "--recipe", recipe("int4"), "--calibration", text,
+                "--window", self.WINDOW, *flags]
+
+    def windows_of(self, path):
+        """Token ids out of the states before layer 0, whose rows are those of the embedding."""
+        row = f"<{self.HIDDEN}"
+        embedding = sp.f16_noise(self.VOCAB * self.HIDDEN)
+        ids = {values: token for token, values in enumerate(struct.iter_unpack(row + "e", embedding))}
+        with open(path, "rb") as file:
+            states = file.read()[8:]  # behind the hash of the job
+        size = 4 * self.WINDOW * self.HIDDEN
+        return [[ids[values] for values in struct.iter_unpack(row + "f", states[at:at + size])]
+                for at in range(0, len(states), size + 8)]  # each with a checksum
+
+    def test_windows_are_spread_over_the_text_and_start_with_the_begin_token(self):
+        for begin in (False, True):
+            with self.subTest(begin=begin):
+                args = self.arguments(begin, "--windows", 3)
+                # Enough for three windows of states, and not for the layer.
+                self.refuses(sp.IO, ["layer-0: cannot be written: File too large"], *args,
+                             preexec=sp.limit_file_size(40000), log_lines=True)
+                first, taken = ([256], self.WINDOW - 1) if begin else ([], self.WINDOW)
+                self.assertEqual(self.windows_of(args[3] + ".work/states-0"),
+                                 [first + list(self.TEXT[at:at + taken]) for at in (0, 31, 62)])
+
+    def test_fewer_windows_than_were_asked_for_are_said(self):
+        for begin, there in ((False, 5), (True, 6)):
+            with self.subTest(begin=begin):
+                told = f"the calibration text has {there} windows of {self.WINDOW} tokens, 128 were asked for"
+                done = self.succeeds(*self.arguments(begin, "--restart", "--json"))
+                self.assertIn(told, done.stderr.decode())
+                self.assertEqual(json.loads(done.stdout)["calibration_tokens"], there * self.WINDOW)
+                done = self.succeeds(*self.arguments(begin, "--windows", there))
+                self.assertNotIn(b"were asked for", done.stderr)
 
 
 class Interruptions(CliTest):

@@ -7,6 +7,7 @@ import atexit
 import ctypes
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -203,32 +204,54 @@ def write_checkpoint(folder, layers=2, hidden=128, ffn=256, vocab=512):
 
 
 def gguf_text(text):
-    return struct.pack("<Q", len(text)) + text.encode()
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
-def write_q8_gguf(path, hidden=64, heads=2, ffn=96, vocab=48):
-    """The smallest llama: one layer, every matrix Q8_0 of codes that follow one another, no tokenizer."""
+# ggml's number of a type, the weights of a block, and one of random codes: weights of about 0.04.
+GGUF_BLOCKS = {
+    # From -0.01 to 0.065 or the other way round.
+    "Q4_1": (3, 32, lambda codes: struct.pack("<2e", 0.005, codes.choice((-0.01, -0.065))) + codes.randbytes(16)),
+    "Q8_0": (8, 32, lambda codes: struct.pack("<e", 0.0005) + codes.randbytes(32)),
+    # Scales and minima alike, and a minimum 7.5 times its scale: means of zero.
+    "Q4_K": (12, 256, lambda codes: struct.pack("<2e", 0.0002, 0.0015) + b"\xe0" * 8 + bytes(4) + codes.randbytes(128)),
+    "Q6_K": (14, 256, lambda codes: codes.randbytes(208) + struct.pack("<e", 0.00003)),
+}
+
+
+def write_gguf(path, kind="Q8_0", finer=None, layers=1, hidden=64, heads=2, ffn=96, vocab=48, tokenizer=False):
+    """A small llama of random weights. `finer`: the type of those matrices that a Q4_K_M has in Q6_K; `tokenizer`: one
+    token a byte, and "er", since a GGUF must have a merge."""
+    def texts(*items):
+        return struct.pack("<IQ", 8, len(items)) + b"".join(map(gguf_text, items))
     keys = {"general.architecture": (8, gguf_text("llama"))}
-    for name, value in {"block_count": 1, "embedding_length": hidden, "attention.head_count": heads,
-                        "attention.head_count_kv": heads, "feed_forward_length": ffn, "context_length": 128}.items():
+    for name, value in {"block_count": layers, "embedding_length": hidden, "attention.head_count": heads,
+                        "attention.head_count_kv": heads // 2, "feed_forward_length": ffn,
+                        "context_length": 512}.items():
         keys["llama." + name] = (4, struct.pack("<I", value))
     for name, value in {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0}.items():
         keys["llama." + name] = (6, struct.pack("<f", value))
-    shapes = {"token_embd": [hidden, vocab], "output": [hidden, vocab], "output_norm": [hidden],
-              "blk.0.attn_norm": [hidden], "blk.0.ffn_norm": [hidden], "blk.0.ffn_gate": [hidden, ffn],
-              "blk.0.ffn_up": [hidden, ffn], "blk.0.ffn_down": [ffn, hidden]}
-    shapes.update({f"blk.0.attn_{name}": [hidden, hidden] for name in ("q", "k", "v", "output")})
-    infos, data, codes = b"", b"", 0
+    if tokenizer:
+        keys.update({"tokenizer.ggml.model": (8, gguf_text("gpt2")),
+                     "tokenizer.ggml.tokens": (9, texts(*byte_alphabet(), "er")),
+                     "tokenizer.ggml.merges": (9, texts("e r"))})
+    shapes = {"token_embd": [hidden, vocab], "output": [hidden, vocab], "output_norm": [hidden]}
+    for layer in range(layers):
+        of_layer = {"attn_norm": [hidden], "ffn_norm": [hidden], "ffn_gate": [hidden, ffn], "ffn_up": [hidden, ffn],
+                    "ffn_down": [ffn, hidden], "attn_q": [hidden, hidden], "attn_k": [hidden, hidden // 2],
+                    "attn_v": [hidden, hidden // 2], "attn_output": [hidden, hidden]}
+        shapes.update({f"blk.{layer}.{name}": shape for name, shape in of_layer.items()})
+    infos, data, codes = b"", bytearray(), random.Random(1)
     for name, shape in shapes.items():
         data += bytes(-len(data) % 32)
+        fine = finer and name.rpartition(".")[2] in ("output", "attn_v", "ffn_down")
+        number, elements, block = GGUF_BLOCKS[finer if fine else kind]
         infos += gguf_text(name + ".weight") + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-        infos += struct.pack("<IQ", 8 if len(shape) == 2 else 0, len(data))
+        infos += struct.pack("<IQ", number if len(shape) == 2 else 0, len(data))
         if len(shape) == 1:
             data += struct.pack(f"<{hidden}f", *[1.0] * hidden)
-            continue
-        for _ in range(product(shape) // 32):
-            data += struct.pack("<e32b", 0.001, *[(7 * (codes + i)) % 256 - 128 for i in range(32)])
-            codes += 32
+        else:
+            data += b"".join(block(codes) for _ in range(product(shape) // elements))
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(shapes), len(keys))
     head += b"".join(gguf_text(name) + struct.pack("<I", kind) + value for name, (kind, value) in keys.items()) + infos
     with open(path, "wb") as file:

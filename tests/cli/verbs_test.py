@@ -67,7 +67,7 @@ class Files(CliTest):
     def test_import_says_what_rounding_a_second_time_cost(self):
         source = os.path.join(sp.SCRATCH, "requantized.gguf")
         output = os.path.join(sp.SCRATCH, "requantized.sluice")
-        sp.write_q8_gguf(source)
+        sp.write_gguf(source)
         done = self.succeeds("import", source, "--weights", "int4", "--group", "32", "-o", output, "--json")
         report = json.loads(done.stdout)
         self.assertEqual(report["requantized"], 7)  # the embedding and the output matrix stay INT8
