@@ -130,6 +130,11 @@ struct OpTime {
   uint64_t run_ns() const { return end_ns - ready_ns; }
 };
 
+// When the host did something; nanoseconds of the steady clock.
+struct HostTime {
+  uint64_t begin_ns = 0, end_ns = 0;
+};
+
 using EventId = uint32_t;
 
 // Calibration's linear algebra, where a device does it faster than the host: the second moments of what matrices read,
@@ -209,6 +214,8 @@ class Backend {
   // Of the last finished pass, one for each `run`, in their order; valid until the next begin_pass. Empty where `run`
   // itself computes (the CPU), and the caller's clock tells.
   virtual std::span<const OpTime> op_times() const { return {}; }
+  // ... and when commands were recorded that later passes repeat: graphs, command buffers.
+  virtual std::span<const HostTime> recordings() const { return {}; }
 
   // KV cache of a session slot, between passes. `save_kv`/`load_kv`: positions 0..tokens-1 of all layers as opaque bytes,
   // kv_bytes(tokens) of them, the same for every slot.

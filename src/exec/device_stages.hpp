@@ -21,6 +21,9 @@ struct StageTimes {
   uint64_t total() const;
 };
 
+// What a step waits for when it waits for its weights: their read, or their copy out of host memory.
+Stage wait_of(const Step& step, const plan::Plan& plan);
+
 // The times of a pass that took the executor `wall_ns` from the first operation to the end, divided by what the
 // device says of its operations: `ops`, one per step that ran, in order. What they leave (the first kernel's start,
 // fetching the logits) goes to lm_head, or in a pass without logits to embed.

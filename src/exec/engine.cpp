@@ -123,6 +123,7 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
   StageTimes spent;   // in ticks
   const std::span<float> embeddings = std::span(embeddings_).first(rows.size() * shape_.hidden);
   SLUICE_TRY(embedding_->fetch(ids, embeddings));
+  const uint64_t begun = trace::ticks();
   SLUICE_TRY(backend_->begin_pass(rows, embeddings));
   spent[Stage::embed] += chain.span(trace::Kind::embed);
 
@@ -144,20 +145,52 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
   }
   const trace::NvtxRange finish(trace::Kind::finish);
   SLUICE_TRY(backend_->finish_pass(logits));
+  const uint64_t done = trace::ticks();
+  const trace::TickScale scale = recorder_.scale();
+  if (!backend_->op_times().empty()) record_device(scale, begun, done, wanted > 0);
   SLUICE_TRY(weights_->check_mapping());
   SLUICE_TRY(check_logits(rows, logits));
   spent[Stage::lm_head] += chain.span(trace::Kind::finish);
   track_.record(trace::Kind::pass, begin, chain.last(), static_cast<uint16_t>(rows.front().session),
                 static_cast<uint32_t>(rows.size()), rows.front().position);
   if (caller != nullptr) caller->skip_to(chain.last());
-  add_times(spent, wanted > 0, times);
+  add_times(spent, wanted > 0, scale, times);
   return {};
 }
 
+// The pass as the device saw it, on a track of its own: what each operation waited and ran, and in the engine's what the
+// host recorded for later passes meanwhile.
+void Engine::record_device(const trace::TickScale& scale, uint64_t begun, uint64_t done, bool wants_logits) {
+  const std::span<const backend::OpTime> ops = backend_->op_times();
+  if (device_track_ == nullptr) device_track_ = &recorder_.add_track("gpu", trace::Recorder::kBusyCapacity);
+  device_clock_.bound(static_cast<int64_t>(scale.steady_ns(begun)), static_cast<int64_t>(scale.steady_ns(done)),
+                      ops.front().begin_ns, ops.back().end_ns);
+  // All of a pass from one of its moments: a tick is 0.3 ns, and the clocks are trillions of them.
+  const auto ticks_of = [&, done_ns = scale.steady_ns(done)](double host_ns) {
+    return done + static_cast<uint64_t>(static_cast<int64_t>((host_ns - done_ns) / scale.ns_per_tick()));
+  };
+  const auto device_ticks = [&](uint64_t ns) { return ticks_of(static_cast<double>(device_clock_.host_ns(ns))); };
+  const backend::OpTime* op = ops.data();
+  for (const Step& step : program_) {
+    if (step.for_logits && !wants_logits) continue;
+    const uint64_t ready = device_ticks(op->ready_ns);
+    if (op->wait_ns() > 0) {
+      device_track_->record(kind_of(wait_of(step, plan_)), device_ticks(op->begin_ns), ready, layer_of(step), 0,
+                            static_cast<uint64_t>(step.stream_item));
+    }
+    if (op->run_ns() > 0) device_track_->record(kind_of(step.stage), ready, device_ticks(op->end_ns), layer_of(step));
+    ++op;
+  }
+  device_track_->count(trace::Counter::device_clock_error_ns, done, device_clock_.error_ns());
+  for (const backend::HostTime& time : backend_->recordings()) {
+    track_.record(trace::Kind::prepare, ticks_of(static_cast<double>(time.begin_ns)),
+                  ticks_of(static_cast<double>(time.end_ns)));
+  }
+}
+
 // Ticks of a pass to nanoseconds, on top of `times`. A device that times its own operations knows their stages better.
-void Engine::add_times(StageTimes spent, bool wants_logits, StageTimes& times) const {
-  const double ns_per_tick = recorder_.ns_per_tick();
-  for (uint64_t& ns : spent.ns) ns = static_cast<uint64_t>(static_cast<double>(ns) * ns_per_tick);
+void Engine::add_times(StageTimes spent, bool wants_logits, const trace::TickScale& scale, StageTimes& times) const {
+  for (uint64_t& ns : spent.ns) ns = static_cast<uint64_t>(static_cast<double>(ns) * scale.ns_per_tick());
   if (const std::span<const backend::OpTime> ops = backend_->op_times(); !ops.empty()) {
     const uint64_t embed = std::exchange(spent[Stage::embed], 0);
     spent = device_stages(program_, plan_, wants_logits, ops, spent.total());

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend/backend.hpp"
+#include "exec/device_clock.hpp"
 #include "exec/device_stages.hpp"
 #include "exec/embedding.hpp"
 #include "exec/program.hpp"
@@ -57,7 +58,8 @@ class Engine {
          const backend::Shape& shape);
   Status run_step(const Step& step, bool wants_logits, trace::Chain& chain, StageTimes& spent);
   Status acquire(const Step& step, trace::Chain& chain, StageTimes& spent);
-  void add_times(StageTimes spent, bool wants_logits, StageTimes& times) const;
+  void add_times(StageTimes spent, bool wants_logits, const trace::TickScale& scale, StageTimes& times) const;
+  void record_device(const trace::TickScale& scale, uint64_t begun, uint64_t done, bool wants_logits);
   Status check_logits(std::span<const backend::Row> rows, std::span<const float> logits) const;
 
   storage::Container container_;
@@ -66,6 +68,8 @@ class Engine {
   backend::Shape shape_;
   trace::Recorder recorder_;             // before whoever records
   trace::Track& track_;                  // of passes; its writer has the turn
+  trace::Track* device_track_ = nullptr;   // the same by a device's own clock, if it has one
+  DeviceClock device_clock_;
   std::unique_ptr<Weights> weights_;     // after the backend that it uses
   std::unique_ptr<Embedding> embedding_;
   std::vector<Step> program_;

@@ -108,7 +108,8 @@ class Recorder {
 
   // Of this recorder's stamps, measured from its beginning until now: 1e-4 at worst in its first millisecond, then
   // better.
-  double ns_per_tick() const { return TickScale(started_, read_clocks()).ns_per_tick(); }
+  TickScale scale() const { return {started_, read_clocks()}; }
+  double ns_per_tick() const { return scale().ns_per_tick(); }
   // Null unless faults are made on purpose. Set before anything records.
   Injector* injector() const { return injector_.get(); }
   void set_injector(std::unique_ptr<Injector> injector);

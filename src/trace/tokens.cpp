@@ -58,32 +58,77 @@ struct Pass {
   uint64_t begin = 0, end = 0;
   uint16_t slot = Record::kNoLayer;   // of its session
   std::array<uint64_t, kParts> ticks{};
+  uint64_t prepared = 0;              // ticks, of those above
 };
 
-std::vector<Pass> passes_of(const TraceTrack& track) {
-  std::vector<Pass> passes;
-  Pass pass;
-  for (const Record& record : track.records) {
-    if (record.kind == Kind::pass) {   // written behind its parts
-      pass.begin = record.begin;
-      pass.end = record.end;
-      pass.slot = record.layer;
-      passes.push_back(std::exchange(pass, Pass()));
-    } else if (const std::optional<Part> part = part_of(record.kind)) {
-      pass.ticks[static_cast<size_t>(*part)] += record.end - record.begin;
+// Divides passes into parts. Where a device has a clock of its own, a moment belongs to what the device did; what the
+// host did meanwhile, most of which is waiting for it, counts for the moments that are left.
+class PassReader {
+ public:
+  // `device`: its spans, none of which overlap, in order; null if the trace has none.
+  explicit PassReader(const TraceTrack* device) {
+    if (device == nullptr) return;
+    for (const Record& record : device->records) {
+      if (part_of(record.kind)) device_.push_back(&record);
     }
   }
-  return passes;
-}
+
+  std::vector<Pass> read(const TraceTrack& engine) {
+    std::vector<Pass> passes;
+    std::vector<const Record*> parts;   // of the next pass, which is written behind them
+    for (const Record& record : engine.records) {
+      if (record.kind == Kind::pass) {
+        passes.push_back(divide(record, parts));
+        parts.clear();
+      } else if (record.kind == Kind::prepare || part_of(record.kind)) {
+        parts.push_back(&record);
+      }
+    }
+    return passes;
+  }
+
+ private:
+  Pass divide(const Record& whole, std::span<const Record* const> parts) {
+    Pass pass{.begin = whole.begin, .end = whole.end, .slot = whole.layer};
+    while (next_ < device_.size() && device_[next_]->end <= whole.begin) ++next_;
+    const auto first = device_.begin() + static_cast<std::ptrdiff_t>(next_);
+    for (; next_ < device_.size() && device_[next_]->begin < whole.end; ++next_) {
+      pass.ticks[static_cast<size_t>(*part_of(device_[next_]->kind))] += overlap(*device_[next_], whole);
+    }
+    const std::span device(first, device_.begin() + static_cast<std::ptrdiff_t>(next_));
+    for (const Record* part : parts) {
+      uint64_t ticks = part->end - part->begin;
+      const auto behind = [](const Record* span, uint64_t at) { return span->end <= at; };
+      for (auto span = std::lower_bound(device.begin(), device.end(), part->begin, behind);
+           span != device.end() && (*span)->begin < part->end; ++span) {
+        ticks -= overlap(**span, *part);
+      }
+      if (part->kind == Kind::prepare) pass.prepared += ticks;
+      else pass.ticks[static_cast<size_t>(*part_of(part->kind))] += ticks;
+    }
+    return pass;
+  }
+
+  static uint64_t overlap(const Record& a, const Record& b) {
+    const uint64_t begin = std::max(a.begin, b.begin), end = std::min(a.end, b.end);
+    return end - std::min(begin, end);
+  }
+
+  std::vector<const Record*> device_;
+  size_t next_ = 0;
+};
 
 class Joiner {
  public:
   explicit Joiner(const Trace& trace) : trace_(trace) {}
 
   Result<Tokens> join() {
-    for (const TraceTrack& track : trace_.tracks) {
-      if (track.name == "engine") passes_ = passes_of(track);
-    }
+    const auto find = [&](std::string_view name) {
+      const auto track = std::find_if(trace_.tracks.begin(), trace_.tracks.end(),
+                                      [&](const TraceTrack& each) { return each.name == name; });
+      return track == trace_.tracks.end() ? nullptr : &*track;
+    };
+    if (const TraceTrack* engine = find("engine")) passes_ = PassReader(find("gpu")).read(*engine);
     for (size_t i = 0; i < trace_.tracks.size(); ++i) {
       uint64_t slot = 0;
       if (number_after(trace_.tracks[i].name, "session ", slot))
@@ -163,6 +208,7 @@ class Joiner {
         else in_passes += part_seconds;
       }
       token.seconds[static_cast<size_t>(Part::pass_gap)] += std::max(0.0, total - named);
+      token.prepared += seconds(pass->prepared);
       in_passes += total;
     }
     double outside = 0;

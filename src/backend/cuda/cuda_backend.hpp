@@ -63,6 +63,7 @@ class CudaBackend final : public Backend {
   Calibration* calibration() override;
   Status finish_pass(std::span<float> logits) override;
   std::span<const OpTime> op_times() const override { return clock_.times(); }
+  std::span<const HostTime> recordings() const override { return graphs_->captures(); }
 
   uint64_t kv_bytes(uint32_t tokens) const override;
   Status copy_kv(uint32_t from_session, uint32_t to_session, uint32_t tokens) override;

@@ -17,6 +17,11 @@ constexpr uint32_t kMostGraphRows = 64;
 // Of the host in one pass, for graphs of the next kind.
 constexpr std::chrono::milliseconds kTimeAhead{1};
 
+uint64_t steady_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
+}
+
 bool same(DeviceAddress a, DeviceAddress b) { return a.buffer == b.buffer && a.offset == b.offset; }
 
 bool same(const Weight& a, const Weight& b) {
@@ -75,6 +80,7 @@ void PassGraphs::begin(const PassKind& kind) {
   pass_->last_used = ++clock_;
   segment_ = count_ = 0;
   as_expected_ = true;
+  captures_.clear();
 }
 
 Status PassGraphs::add(const Command& command) {
@@ -134,6 +140,7 @@ Status PassGraphs::launch_all(const Segment& segment, const PassKind& kind, cuda
 
 // Relaxed: what other threads do meanwhile (the prefetcher's copies) is none of the capture's business.
 Status PassGraphs::capture(Segment& segment, const PassKind& kind) {
+  const uint64_t begin = steady_ns();
   SLUICE_TRY(check_(cudaStreamBeginCapture(capture_, cudaStreamCaptureModeRelaxed), "capturing a graph"));
   Status launched = launch_all(segment, kind, capture_);
   cudaGraph_t graph = nullptr;
@@ -142,6 +149,7 @@ Status PassGraphs::capture(Segment& segment, const PassKind& kind) {
   if (status) status = check_(cudaGraphInstantiate(&segment.graph, graph, 0), "instantiating a graph");
   if (!status) segment.graph = nullptr;
   if (graph != nullptr) cudaGraphDestroy(graph);
+  captures_.push_back({.begin_ns = begin, .end_ns = steady_ns()});
   return status;
 }
 

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend/backend.hpp"
@@ -66,6 +67,8 @@ class PassGraphs {
   // Behind the last flush of a pass: captures some of a pass of another kind with the same commands, for about a
   // millisecond of the host's time, and returns at once when all of it is there.
   Status capture_ahead(const PassKind& kind);
+  // When graphs were captured since begin().
+  std::span<const HostTime> captures() const { return captures_; }
 
  private:
   struct Segment {
@@ -93,6 +96,7 @@ class PassGraphs {
   size_t segment_ = 0;                // the one that is being added to
   size_t count_ = 0;                  // commands added to it
   bool as_expected_ = true;           // ... which are those it had the last time
+  std::vector<HostTime> captures_;
 };
 
 }  // namespace sluice::backend::cuda
