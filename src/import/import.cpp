@@ -81,10 +81,12 @@ Error at_tensor(Error error, const std::string& name) {
 
 // A matrix that was published as INT4 stays what it is: anything else would be larger and no better.
 Status check_packed_wish(const SourceTensor& source, const Options& options) {
-  const Weights wish = source.role == storage::Role::lm_head ? options.lm_head.value_or(Weights::keep) : options.weights;
+  const bool head = source.role == storage::Role::lm_head;
+  const Weights wish = head ? options.lm_head.value_or(Weights::keep) : options.weights;
   if (wish == Weights::keep || wish == Weights::int4) return {};
-  return fail(ErrorCode::usage, fmt::format("{}: tensor {} is {} already; import the folder with --weights int4 or keep",
-                                            options.source, in_quotes(source.source_name), name_of(source.type)));
+  return fail(ErrorCode::usage,
+              fmt::format("{}: tensor {} is {} already; import the folder with --{} int4 or keep", options.source,
+                          in_quotes(source.source_name), name_of(source.type), head ? "lm-head" : "weights"));
 }
 
 Result<Report> run_import(const Options& options) {

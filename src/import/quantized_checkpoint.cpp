@@ -71,7 +71,9 @@ Result<QuantizationConfig> read_gptq(const Settings& config) {
   }
   SLUICE_TRY_ASSIGN(group, group_size(config, "group_size"));
   SLUICE_TRY_ASSIGN(symmetric, config.flag("sym", true));
-  return QuantizationConfig{format == "gptq" ? Packing::gptq_v1 : Packing::gptq_v2, group, symmetric, config.path()};
+  SLUICE_TRY_ASSIGN(act_order, config.flag("desc_act", false));
+  return QuantizationConfig{format == "gptq" ? Packing::gptq_v1 : Packing::gptq_v2, group, symmetric, config.path(),
+                            act_order};
 }
 
 // Config.json says bits and group_size, AutoAWQ's own quant_config.json w_bit and q_group_size.
@@ -107,6 +109,9 @@ Result<QuantizationConfig> read_compressed_group(const Json& group, const std::s
   if (strategy == "group") {
     SLUICE_TRY_ASSIGN(size, group_size(weights, "group_size"));
     config.group_elems = size;
+    // "weight" (also "static") orders within the groups as they lie; true is older writers' "group".
+    const Json* order = json_member(*found, "actorder");
+    config.act_order = order != nullptr && (*order == "group" || *order == "dynamic" || *order == true);
   }
   return config;
 }
@@ -177,6 +182,11 @@ class Locator {
 
   Result<std::optional<SourceTensor>> locate() {
     if (wanted_.vector || !shards_.where.contains(stem_ + names_.codes)) return std::optional<SourceTensor>();
+    if (wanted_.role == storage::Role::token_embedding) {
+      return fail(ErrorCode::unsupported,
+                  fmt::format("{}: the embedding is packed in 4 bits, which no backend reads; import a checkpoint that "
+                              "leaves it in F16 or BF16", label(names_.codes)));
+    }
     PackedInt4 packed;
     packed.packing = config_.packing;
     packed.group_elems = config_.group_elems == 0 ? wanted_.cols : std::min(config_.group_elems, wanted_.cols);
@@ -201,7 +211,7 @@ class Locator {
     const bool needs_zeros =
         !config_.symmetric || packed.packing == Packing::gptq_v1 || packed.packing == Packing::gptq_v2;
     SLUICE_TRY(optional(names_.zeros, needs_zeros, zero_shape, packed.zeros));
-    SLUICE_TRY(optional(names_.group_index, false, {cols}, packed.group_index));
+    SLUICE_TRY(optional(names_.group_index, config_.act_order && groups > 1, {cols}, packed.group_index));
     if (compressed) SLUICE_TRY(check_weight_shape());
 
     SourceTensor source;

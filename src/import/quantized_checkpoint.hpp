@@ -28,6 +28,7 @@ struct QuantizationConfig {
   uint32_t group_elems = 0;  // 0: one group per row
   bool symmetric = true;     // compressed-tensors: no zero points
   std::string path;          // of the file that says so
+  bool act_order = false;    // columns of a group lie apart, so every matrix has a g_idx
 };
 
 // What config.json (`config`), or the quantize_config.json or quant_config.json of older writers, says; nothing where

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <random>
 
@@ -153,6 +154,7 @@ Json config_of(const Kind& kind) {
   if (kind.form == Form::compressed) {
     const Json weights = {{"num_bits", 4},
                           {"type", "int"},
+                          {"actorder", kind.act_order ? Json("group") : Json()},
                           {"symmetric", kind.symmetric},
                           {"strategy", kind.group == 0 ? "channel" : "group"},
                           {"group_size", kind.group == 0 ? Json() : Json(group)}};
@@ -185,6 +187,15 @@ struct PackedFolder : Folder {
 
   SafetensorsMaker::Tensor& part(const std::string& name) { return weights.tensors.at("model.layers.0." + name); }
 };
+
+// Overwrites one element of a part.
+void set_element(SafetensorsMaker::Tensor& tensor, size_t index, double value) {
+  Bytes element;
+  if (tensor.dtype == "I32") put(element, static_cast<int32_t>(value));
+  else if (tensor.dtype == "I64") put(element, static_cast<int64_t>(value));
+  else element = as_dtype({static_cast<float>(value)}, tensor.dtype);
+  std::copy(element.begin(), element.end(), tensor.data.begin() + static_cast<ptrdiff_t>(index * element.size()));
+}
 
 // The stored weights with the permutation undone.
 std::vector<float> weights_in_order(const storage::Container& container, Role role) {
@@ -252,6 +263,10 @@ TEST_CASE("scales beyond FP16's range stay exact by a power of two, and are refu
       put_matrix(folder.weights, std::string("model.layers.0.") + name, folder.made.at(role), kind);
     }
   };
+  const auto set_all = [&](float scale) {
+    for (auto& [role, made] : folder.made) std::fill(made.scales.begin(), made.scales.end(), scale);
+    rescale(1, 1);
+  };
   SECTION("all small") {
     rescale(0x1p-60f, 1);
     REQUIRE(folder.run());
@@ -260,6 +275,17 @@ TEST_CASE("scales beyond FP16's range stay exact by a power of two, and are refu
   }
   SECTION("some small") {
     rescale(0x1p-60f, 2);
+    refuses(folder, folder.run(), ErrorCode::unsupported,
+            {"q_proj.weight_packed", "more range or more bits than FP16"});
+  }
+  SECTION("as small as a container's exponent reaches") {
+    set_all(0x1p-118f);
+    REQUIRE(folder.run());
+    const storage::Container container = folder.container();
+    for (const auto& [role, made] : folder.made) CHECK(same_bits(weights_in_order(container, role), made.values()));
+  }
+  SECTION("smaller") {
+    set_all(0x1p-119f);
     refuses(folder, folder.run(), ErrorCode::unsupported,
             {"q_proj.weight_packed", "more range or more bits than FP16"});
   }
@@ -344,6 +370,276 @@ TEST_CASE("weight_shape of compressed-tensors must be the matrix's") {
   const int64_t rows = 64;
   std::memcpy(folder.part("self_attn.q_proj.weight_shape").data.data(), &rows, sizeof rows);
   refuses(folder, folder.run(), ErrorCode::corrupt, {"q_proj.weight_shape", "64x128", "128x128"});
+  set_element(folder.part("self_attn.q_proj.weight_shape"), 0, 128);
+  set_element(folder.part("self_attn.q_proj.weight_shape"), 1, 64);
+  refuses(folder, folder.run(), ErrorCode::corrupt, {"q_proj.weight_shape", "says 128x64", "128x128"});
+}
+
+// Of k_proj, 64x128. A transposed shape, or one of another rank, has the right number of bytes.
+TEST_CASE("every part of a packed matrix must have the shape that its format gives it") {
+  const struct {
+    Form form;
+    uint32_t group;
+    const char* part;
+    std::vector<uint64_t> shape;
+    const char* needs;
+  } cases[] = {
+      {Form::gptq_v1, 32, "qweight", {128, 8}, "16x64"},  // awq's
+      {Form::gptq_v1, 32, "qzeros", {4, 16}, "4x8"},
+      {Form::gptq_v2, 32, "qzeros", {8, 4}, "4x8"},
+      {Form::gptq_v1, 32, "scales", {64, 4}, "4x64"},
+      {Form::gptq_v1, 0, "scales", {4, 64}, "1x64"},
+      {Form::gptq_v1, 0, "scales", {64}, "1x64"},
+      {Form::gptq_v1, 32, "g_idx", {1, 128}, "128"},
+      {Form::awq, 32, "qweight", {16, 64}, "128x8"},  // gptq's
+      {Form::awq, 32, "qzeros", {8, 4}, "4x8"},
+      {Form::awq, 32, "scales", {64, 4}, "4x64"},
+      {Form::compressed, 32, "weight_packed", {16, 64}, "64x16"},
+      {Form::compressed, 32, "weight_packed", {64, 128}, "64x16"},
+      {Form::compressed, 32, "weight_scale", {4, 64}, "64x4"},
+      {Form::compressed, 0, "weight_scale", {64}, "64x1"},
+      {Form::compressed, 32, "weight_zero_point", {64, 4}, "8x4"},
+      {Form::compressed, 32, "weight_zero_point", {4, 8}, "8x4"},
+      {Form::compressed, 32, "weight_g_idx", {64}, "128"},
+      {Form::compressed, 32, "weight_shape", {3}, "2"},
+  };
+  for (const auto& [form, group, part, shape, needs] : cases) {
+    const Kind kind{form, group, false, form != Form::awq, "F16"};
+    PackedFolder folder(kind, 12);
+    SafetensorsMaker::Tensor& tensor = folder.part(std::string("self_attn.k_proj.") + part);
+    const auto elements = [&] {
+      return std::accumulate(tensor.shape.begin(), tensor.shape.end(), uint64_t{1}, std::multiplies<>());
+    };
+    const size_t element_bytes = tensor.data.size() / elements();
+    tensor.shape = shape;
+    tensor.data.resize(elements() * element_bytes);
+    std::string has;
+    for (const uint64_t size : shape) has += (has.empty() ? "" : "x") + std::to_string(size);
+    INFO(kind.name() << ", " << part << " of " << has);
+    const auto report = folder.run();
+    refuses(folder, report, ErrorCode::corrupt,
+            {std::string("k_proj.") + part + '"',
+             "has shape " + has + ", a matrix of 64x128 in groups of " + (group == 0 ? "128" : "32") + " needs "});
+    CHECK(report.error().message.ends_with(std::string(" needs ") + needs));
+  }
+}
+
+TEST_CASE("every part of a packed matrix must be there, and of a dtype that its format has") {
+  const struct {
+    Form form;
+    bool symmetric;
+    const char* part;
+    const char* dtype;  // of as many bytes; nullptr: the part is missing
+    const char* supported;
+  } cases[] = {
+      {Form::gptq_v1, true, "qzeros", nullptr, ""},  // they are stored in any case
+      {Form::gptq_v2, true, "qzeros", nullptr, ""},
+      {Form::awq, false, "qzeros", nullptr, ""},
+      {Form::awq, true, "scales", nullptr, ""},
+      {Form::compressed, true, "weight_scale", nullptr, ""},
+      {Form::compressed, false, "weight_zero_point", nullptr, ""},
+      {Form::gptq_v1, false, "g_idx", nullptr, ""},  // without it columns would be taken as they lie
+      {Form::gptq_v2, true, "g_idx", nullptr, ""},
+      {Form::compressed, true, "weight_g_idx", nullptr, ""},
+      {Form::gptq_v1, false, "scales", "I16", "F16, BF16, F32"},
+      {Form::gptq_v1, false, "qzeros", "F32", "I32"},
+      {Form::gptq_v1, false, "g_idx", "F32", "I32"},
+      {Form::awq, false, "qweight", "F32", "I32"},
+      {Form::awq, false, "qzeros", "F32", "I32"},
+      {Form::awq, false, "scales", "I16", "F16, BF16, F32"},
+      {Form::compressed, false, "weight_packed", "F32", "I32"},
+      {Form::compressed, false, "weight_scale", "I16", "F16, BF16, F32"},
+      {Form::compressed, false, "weight_zero_point", "F32", "I32"},
+      {Form::compressed, false, "weight_g_idx", "F32", "I32"},
+      {Form::compressed, false, "weight_shape", "F64", "I64, I32"},
+  };
+  for (const auto& [form, symmetric, part, dtype, supported] : cases) {
+    const Kind kind{form, 32, symmetric, form != Form::awq, "F16"};
+    PackedFolder folder(kind, 13);
+    const std::string name = std::string("self_attn.k_proj.") + part;
+    INFO(kind.name() << ", " << part << (dtype == nullptr ? " missing" : std::string(" of ") + dtype));
+    if (dtype == nullptr) {
+      folder.weights.tensors.erase("model.layers.0." + name);
+      refuses(folder, folder.run(), ErrorCode::corrupt, {name + '"', "is missing, although"});
+    } else {
+      folder.part(name).dtype = dtype;
+      refuses(folder, folder.run(), ErrorCode::unsupported,
+              {name + '"', std::string("is of dtype \"") + dtype + "\"; supported is " + supported});
+    }
+  }
+}
+
+// Of k_proj, which has 64 rows and 4 groups.
+TEST_CASE("a scale or a group that cannot be is refused with its place, in every format and scale type") {
+  const auto nan = std::numeric_limits<double>::quiet_NaN(), infinite = std::numeric_limits<double>::infinity();
+  const struct {
+    Form form;
+    const char* scale_dtype;
+    const char* part;
+    size_t index;
+    double value;
+    const char* says;
+  } cases[] = {
+      {Form::awq, "F16", "scales", 64 + 5, nan, "the scale of row 5, group 1 is nan"},
+      {Form::awq, "BF16", "scales", 64 + 5, 0, "the scale of row 5, group 1 is 0;"},
+      {Form::gptq_v2, "F32", "scales", 64 + 5, -0.0, "the scale of row 5, group 1 is -0;"},
+      {Form::compressed, "F16", "weight_scale", 4 * 5 + 1, 0, "the scale of row 5, group 1 is 0;"},
+      {Form::compressed, "BF16", "weight_scale", 4 * 5 + 1, -infinite, "the scale of row 5, group 1 is -inf"},
+      {Form::compressed, "F32", "weight_scale", 4 * 63 + 3, nan, "the scale of row 63, group 3 is nan"},
+      {Form::gptq_v1, "F16", "g_idx", 17, 4, "g_idx puts column 17 into group 4, there are 4"},
+      {Form::compressed, "F16", "weight_g_idx", 127, 4, "g_idx puts column 127 into group 4, there are 4"},
+      {Form::compressed, "F16", "weight_g_idx", 0, -1, "g_idx puts column 0 into group -1, there are 4"},
+      // Columns are in order: 40 leaves group 1 for its neighbours.
+      {Form::gptq_v2, "F16", "g_idx", 40, 2, "g_idx gives group 1 more or fewer than 32 columns"},
+      {Form::gptq_v1, "F16", "g_idx", 40, 0, "g_idx gives group 0 more or fewer than 32 columns"},
+  };
+  for (const auto& [form, scale_dtype, part, index, value, says] : cases) {
+    const bool compressed = form == Form::compressed;
+    const Kind kind{form, 32, false, compressed, scale_dtype};  // with weight_g_idx
+    PackedFolder folder(kind, 14);
+    SafetensorsMaker::Tensor& tensor = folder.part(std::string("self_attn.k_proj.") + part);
+    set_element(tensor, index, value);
+    INFO(kind.name() << ", " << scale_dtype << ", " << part << "[" << index << "] = " << value);
+    refuses(folder, folder.run(), tensor.dtype == "I32" ? ErrorCode::corrupt : ErrorCode::numeric,
+            {compressed ? "k_proj.weight_packed\"" : "k_proj.qweight\"", says});
+  }
+}
+
+TEST_CASE("a matrix whose rows do not come by eights cannot be packed by them") {
+  for (const Form form : {Form::gptq_v1, Form::awq}) {
+    PackedFolder folder({form, 32, false, false, "F16"}, 15);
+    SafetensorsMaker::Tensor& embedding = folder.weights.tensors.at("model.embed_tokens.weight");
+    embedding.data.resize(embedding.data.size() / 512 * 516);
+    embedding.shape[0] = 516;
+    folder.weights.tensors["lm_head.qweight"] = {"I32", {16, 516}, Bytes(4 * 16 * 516)};
+    refuses(folder, folder.run(), ErrorCode::corrupt,
+            {"lm_head.qweight\"", "a matrix of 516x128 cannot be packed by eights"});
+  }
+}
+
+TEST_CASE("a packed lm_head stays INT4, and is refused where something else is asked for it alone") {
+  const Kind kind{Form::compressed, 32, true, false, "F16"};
+  PackedFolder folder(kind, 16);
+  std::mt19937 random(16);
+  put_matrix(folder.weights, "lm_head", make_matrix(512, 128, kind, random), kind);
+  REQUIRE(folder.run());
+  CHECK(folder.container().find(Role::lm_head)->scheme == storage::Scheme::int4);
+  import::Options options;
+  options.source = folder.place.path();
+  options.output = folder.place.file("out.sluice");
+  options.lm_head = Weights::int8;
+  std::filesystem::remove(options.output);
+  refuses(folder, import::import_model(options), ErrorCode::usage,
+          {"lm_head.weight_packed\"", "is compressed-tensors INT4 already", "--lm-head int4 or keep"});
+}
+
+TEST_CASE("a packed embedding is refused at once, tied or not") {
+  const Kind kind{Form::gptq_v1, 32, true, false, "F16"};
+  for (const bool tied : {false, true}) {
+    PackedFolder folder(kind, 17);
+    std::mt19937 random(17);
+    folder.config["tie_word_embeddings"] = tied;
+    put_matrix(folder.weights, "model.embed_tokens", make_matrix(512, 128, kind, random), kind);
+    folder.weights.tensors.erase("model.embed_tokens.weight");
+    refuses(folder, folder.run(), ErrorCode::unsupported,
+            {"model.embed_tokens.qweight\"", "the embedding is packed in 4 bits"});
+  }
+}
+
+TEST_CASE("settings that are not those of 4-bit groups are refused by name") {
+  const std::string group_0 = "/config_groups/group_0";
+  const Json other_zeros = {{"weights", {{"num_bits", 4}, {"symmetric", true}, {"group_size", 32}}}};
+  const struct {
+    Form form;
+    std::string key;  // a JSON pointer into quantization_config
+    Json value;
+    ErrorCode code;
+    std::string says;
+  } cases[] = {
+      {Form::gptq_v1, "/group_size", 0, ErrorCode::unsupported, "\"group_size\" is 0, where multiples of 32"},
+      {Form::gptq_v1, "/group_size", -32, ErrorCode::unsupported, "\"group_size\" is -32,"},
+      {Form::gptq_v1, "/group_size", 16, ErrorCode::unsupported, "\"group_size\" is 16,"},
+      {Form::gptq_v1, "/group_size", 32.5, ErrorCode::unsupported, "\"group_size\" is 32.5,"},
+      {Form::gptq_v1, "/group_size", 1 << 25, ErrorCode::unsupported, "\"group_size\" is 33554432,"},
+      {Form::gptq_v1, "/group_size", "32", ErrorCode::corrupt, "\"group_size\" is \"\\x2232\\x22\", expected a number"},
+      {Form::gptq_v1, "/bits", 3, ErrorCode::unsupported, "the weights have 3 bits"},
+      {Form::gptq_v1, "/bits", "4", ErrorCode::corrupt, "\"bits\" is \"\\x224\\x22\", expected a whole number"},
+      {Form::gptq_v1, "/bits", -4, ErrorCode::corrupt, "\"bits\" is \"-4\", expected a whole number"},
+      {Form::gptq_v1, "/checkpoint_format", "gguf", ErrorCode::unsupported, "GPTQ in checkpoint_format \"gguf\""},
+      {Form::gptq_v1, "/is_marlin_format", true, ErrorCode::unsupported, "GPTQ in checkpoint_format \"marlin\""},
+      {Form::gptq_v1, "/sym", 1, ErrorCode::corrupt, "\"sym\" is \"1\", expected true or false"},
+      {Form::gptq_v1, "", Json::array({4, 32}), ErrorCode::unsupported, "quantized by \"\""},
+      {Form::awq, "/bits", 8, ErrorCode::unsupported, "the weights have 8 bits"},
+      {Form::awq, "/w_bit", 3, ErrorCode::unsupported, "the weights have 3 bits"},
+      {Form::awq, "/group_size", 48, ErrorCode::unsupported, "\"group_size\" is 48,"},
+      {Form::awq, "", {{"quant_method", "awq"}, {"w_bit", 4}, {"q_group_size", 48}}, ErrorCode::unsupported,
+       "\"q_group_size\" is 48,"},
+      {Form::awq, "/zero_point", "no", ErrorCode::corrupt, "expected true or false"},
+      {Form::compressed, "/format", nullptr, ErrorCode::unsupported, "compressed-tensors in format \"\""},
+      {Form::compressed, "/config_groups", nullptr, ErrorCode::corrupt, "\"config_groups\" is missing or empty"},
+      {Form::compressed, group_0 + "/weights", nullptr, ErrorCode::corrupt,
+       "a group of \"config_groups\" has no \"weights\""},
+      {Form::compressed, group_0 + "/weights/num_bits", 8, ErrorCode::unsupported, "the weights have 8 bits"},
+      {Form::compressed, group_0 + "/weights/num_bits", nullptr, ErrorCode::corrupt, "\"num_bits\" is missing"},
+      {Form::compressed, group_0 + "/weights/group_size", 0, ErrorCode::unsupported, "\"group_size\" is 0,"},
+      {Form::compressed, group_0 + "/weights/group_size", 48, ErrorCode::unsupported, "\"group_size\" is 48,"},
+      {Form::compressed, group_0 + "/output_activations", {{"num_bits", 8}}, ErrorCode::unsupported,
+       "the activations are quantized too"},
+      {Form::compressed, "/config_groups/group_1", other_zeros, ErrorCode::unsupported, "config_groups that differ"},
+  };
+  for (const auto& [form, key, value, code, says] : cases) {
+    const Kind kind{form, 32, false, false, "F16"};
+    PackedFolder folder(kind, 17);
+    folder.config["quantization_config"][Json::json_pointer(key)] = value;
+    INFO(kind.name() << ", \"" << key << "\": " << value.dump());
+    refuses(folder, folder.run(), code, {folder.place.file("config.json"), says});
+  }
+}
+
+TEST_CASE("settings of other matrices are refused with the first part that does not fit them") {
+  const struct {
+    Form form;
+    const char* key;
+    Json value;
+    const char* says;
+  } cases[] = {
+      {Form::gptq_v1, "/group_size", 64,
+       "q_proj.scales\": has shape 4x128, a matrix of 128x128 in groups of 64 needs 2x128"},
+      {Form::gptq_v1, "/group_size", -1,
+       "q_proj.scales\": has shape 4x128, a matrix of 128x128 in groups of 128 needs 1x128"},
+      {Form::compressed, "/config_groups/group_0/weights/strategy", "channel",
+       "q_proj.weight_scale\": has shape 128x4, a matrix of 128x128 in groups of 128 needs 128x1"},
+      {Form::gptq_v1, "/quant_method", "awq", "q_proj.qweight\": has shape 16x128"},
+      {Form::awq, "/quant_method", "gptq", "q_proj.qweight\": has shape 128x16"},
+      {Form::gptq_v1, "", nullptr, "\"model.layers.0.self_attn.q_proj.weight\" is missing"},  // plain weights
+  };
+  for (const auto& [form, key, value, says] : cases) {
+    const Kind kind{form, 32, false, false, "F16"};
+    PackedFolder folder(kind, 18);
+    folder.config["quantization_config"][Json::json_pointer(key)] = value;
+    INFO(kind.name() << ", \"" << key << "\": " << value.dump());
+    refuses(folder, folder.run(), ErrorCode::corrupt, {folder.place.path(), says});
+  }
+}
+
+TEST_CASE("what is wrong in a file of older writers is refused with that file's name") {
+  const struct {
+    const char *name, *content;
+    ErrorCode code;
+    const char* says;
+  } cases[] = {
+      {"quantize_config.json", R"({"bits": 8, "group_size": 32})", ErrorCode::unsupported, "the weights have 8 bits"},
+      {"quantize_config.json", R"({"bits": 4,)", ErrorCode::corrupt, "not valid JSON"},
+      {"quantize_config.json", R"([4, 32])", ErrorCode::corrupt, "the top of the JSON is not an object"},
+      {"quant_config.json", R"({"w_bit": 4, "q_group_size": 0})", ErrorCode::unsupported, "\"q_group_size\" is 0,"},
+  };
+  for (const auto& [name, content, code, says] : cases) {
+    PackedFolder folder({Form::gptq_v1, 32, false, false, "F16"}, 19);
+    folder.config.erase("quantization_config");
+    folder.write(name, content);
+    INFO(name << ": " << content);
+    refuses(folder, folder.run(), code, {folder.place.file(name), says});
+  }
 }
 
 TEST_CASE("quantizations that are not read are refused with what to import instead") {
