@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""eval on the command line: what is refused before a model is opened, and what its memory columns say."""
+"""eval on the command line: what is refused before a model is opened, that its losses are those of the logits, and what
+its memory columns say."""
+import array
 import json
+import math
 import os
+import shutil
 import unittest
 
 import sluice_process as sp
@@ -53,6 +57,61 @@ class Refusals(CliTest):
         with open(old, "rb") as file:
             self.assertEqual(file.read(), b"old")
         self.assertFalse(os.path.exists(fresh))
+
+
+class Losses(CliTest):
+    WINDOW, WINDOWS = 32, 6
+
+    def log_probabilities(self, model, ids):
+        """Of every token at every position, in double, from the logits that score writes."""
+        path = os.path.join(sp.SCRATCH, "logits.npy")
+        self.succeeds("score", model, "--ids", ",".join(map(str, ids)), "--logits", path, "--backend", "cpu",
+                      "--cpu-activations", "f32")
+        with open(path, "rb") as file:
+            content = file.read()
+        logits = array.array("f", content[10 + int.from_bytes(content[8:10], "little"):])
+        vocab = len(logits) // len(ids)
+        rows = [logits[at:at + vocab] for at in range(0, len(logits), vocab)]
+        self.assertEqual([len(row) for row in rows], [512] * len(ids))
+        totals = [math.log(math.fsum(map(math.exp, row))) for row in rows]
+        return [[logit - total for logit in row] for row, total in zip(rows, totals)]
+
+    def test_they_are_those_of_the_logits(self):
+        folder = os.path.join(sp.SCRATCH, "golden-with-tokenizer")
+        shutil.copytree(os.path.join(sp.GOLDEN, "llama3"), folder)
+        sp.write_tokenizer(folder)
+        exact, rounded = (folder + "-" + weights for weights in ("keep", "int4"))
+        for model, weights in ((exact, "keep"), (rounded, "int4")):
+            self.succeeds("import", folder, "--weights", weights, "-o", model)
+        divergences, agreements, surprises = [], [], {exact: [], rounded: []}
+        for first in range(0, self.WINDOW * self.WINDOWS, self.WINDOW):
+            ids = TEXT[first:first + self.WINDOW]  # a token is a byte
+            rows = {model: self.log_probabilities(model, ids) for model in surprises}
+            for model, sums in surprises.items():
+                sums += [-row[token] for row, token in zip(rows[model], ids[1:])]
+            for p, q in zip(rows[exact], rows[rounded]):
+                divergences.append(math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q)))
+                agreements.append(p.index(max(p)) == q.index(max(q)))
+        divergences.sort()
+
+        # The logits are the same floats. Sums of 512 terms in double are off by 1e-13 of their size, which for a
+        # divergence is up to a hundred times its own.
+        def near(value, expected):
+            self.assertLess(abs(value - expected), 1e-10 * expected)
+
+        # A few tokens more than whole windows: they are left out.
+        report = self.prints_json("eval", rounded, "--reference", exact, "--text", "-", "--window", self.WINDOW,
+                                  "--tokens", self.WINDOW * self.WINDOWS + 7, "--backend", "cpu", "--json", stdin=TEXT)
+        reference, file = report["files"]
+        count = len(divergences)
+        self.assertEqual(count, self.WINDOW * self.WINDOWS)
+        near(file["kl_mean"], math.fsum(divergences) / count)
+        near(file["kl_p99"], divergences[99 * (count - 1) // 100])
+        self.assertEqual(file["top1_agreement"], sum(agreements) / count)
+        self.assertTrue(0 < sum(agreements) < count)  # or every way to count them would do
+        for row, sums in ((reference, surprises[exact]), (file, surprises[rounded])):
+            self.assertEqual(row["positions"], (self.WINDOW - 1) * self.WINDOWS)
+            near(row["perplexity"], math.exp(math.fsum(sums) / len(sums)))
 
 
 class Memory(CliTest):
