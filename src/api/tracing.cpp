@@ -81,7 +81,8 @@ Status Model::start_trace(const std::string& path, const TraceNote& note) {
   const ModelInfo& info = state_->info;
   SLUICE_TRY_ASSIGN(collector, trace::Collector::start(engine.recorder(), path,
                                                        note_of(info, state_->options, engine, note),
-                                                       {.gpu = info.backend != "cpu", .weights = info.path}));
+                                                       {.gpu_bus_id = engine.backend().pci_bus_id(),
+                                                        .weights = info.path}));
   state_->collector = std::move(collector);
   return {};
 }

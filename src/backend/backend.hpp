@@ -160,6 +160,7 @@ class Backend {
 
   virtual const char* name() const = 0;            // "cpu", "cuda", "vulkan"
   virtual std::string device_name() const = 0;     // "2 threads, AVX3_ZEN4", "NVIDIA H200"
+  virtual std::string pci_bus_id() const { return {}; }   // "0000:3B:00.0"; empty: no such place, or not known
   // True if operations may read weights where import_host put them (the CPU): --io=mmap then needs no copies.
   virtual bool computes_in_host_memory() const = 0;
   virtual uint64_t preferred_copy_bytes() const = 0;   // copies below this size waste the bus

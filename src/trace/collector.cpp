@@ -35,7 +35,7 @@ Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const st
     SLUICE_TRY(self->file_.add_track(track->number(), track->name()));
   }
   self->machine_ = std::make_unique<MachineEvidence>(recorder.machine_track());
-  if (watched.gpu) self->gpu_ = GpuEvidence::open(recorder.machine_track());
+  self->gpu_ = GpuEvidence::open(recorder.machine_track(), watched.gpu_bus_id);
   if (!watched.weights.empty()) self->drive_ = DriveEvidence::open(recorder.machine_track(), watched.weights);
   self->read_machine();   // what later readings are compared with
   recorder.set_collected(true);

@@ -27,7 +27,7 @@ struct Totals {
 
 // Whose clocks and heat are read besides the counters of the operating system.
 struct Watched {
-  bool gpu = false;       // the GPU that computes
+  std::string gpu_bus_id; // of the GPU that computes (Backend::pci_bus_id); may be empty
   std::string weights;    // the drive that this file lies on; may be empty
 };
 

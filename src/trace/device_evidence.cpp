@@ -10,10 +10,7 @@
 #include <unistd.h>
 
 #include <array>
-#include <charconv>
-#include <cstdlib>
 #include <filesystem>
-#include <string_view>
 
 #include <fmt/format.h>
 
@@ -31,9 +28,10 @@ bool find(void* library, const char* name, Function& function) {
 
 }  // namespace
 
-std::unique_ptr<GpuEvidence> GpuEvidence::open(Track& track, const char* library) {
+std::unique_ptr<GpuEvidence> GpuEvidence::open(Track& track, const std::string& pci_bus_id, const char* library) {
+  if (pci_bus_id.empty()) return nullptr;
   std::unique_ptr<GpuEvidence> self(new GpuEvidence(track));
-  return self->load(library) ? std::move(self) : nullptr;
+  return self->load(pci_bus_id, library) ? std::move(self) : nullptr;
 }
 
 GpuEvidence::~GpuEvidence() {
@@ -41,16 +39,14 @@ GpuEvidence::~GpuEvidence() {
   if (library_ != nullptr) ::dlclose(library_);
 }
 
-bool GpuEvidence::load(const char* library) {
+bool GpuEvidence::load(const std::string& pci_bus_id, const char* library) {
   library_ = ::dlopen(library, RTLD_NOW | RTLD_LOCAL);
   if (library_ == nullptr) return false;
   int (*init)() = nullptr;
   int (*shutdown)() = nullptr;
-  int (*by_index)(unsigned, void**) = nullptr;
-  int (*by_uuid)(const char*, void**) = nullptr;
+  int (*by_bus)(const char*, void**) = nullptr;
   if (!find(library_, "nvmlInit_v2", init) || !find(library_, "nvmlShutdown", shutdown) ||
-      !find(library_, "nvmlDeviceGetHandleByIndex_v2", by_index) ||
-      !find(library_, "nvmlDeviceGetHandleByUUID", by_uuid) ||
+      !find(library_, "nvmlDeviceGetHandleByPciBusId_v2", by_bus) ||
       !find(library_, "nvmlDeviceGetClockInfo", clock_) || !find(library_, "nvmlDeviceGetTemperature", temperature_) ||
       !find(library_, "nvmlDeviceGetPowerUsage", power_) ||
       !find(library_, "nvmlDeviceGetCurrentClocksThrottleReasons", reasons_)) {
@@ -58,12 +54,7 @@ bool GpuEvidence::load(const char* library) {
   }
   if (init() != kNvmlSuccess) return false;
   shutdown_ = shutdown;
-  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
-  const std::string first = visible == nullptr ? "0" : std::string(visible).substr(0, std::string_view(visible).find(','));
-  if (first.starts_with("GPU-") || first.starts_with("MIG-")) return by_uuid(first.c_str(), &device_) == kNvmlSuccess;
-  unsigned index = 0;
-  (void)std::from_chars(first.data(), first.data() + first.size(), index);
-  return by_index(index, &device_) == kNvmlSuccess;
+  return by_bus(pci_bus_id.c_str(), &device_) == kNvmlSuccess;
 }
 
 void GpuEvidence::read() {

@@ -17,9 +17,11 @@ namespace sluice::trace {
 // NVIDIA's management library, opened at run time (NVML API reference; nothing of it is needed for building).
 class GpuEvidence {
  public:
-  // Null without the library or a GPU that it knows. The GPU is the first that CUDA_VISIBLE_DEVICES leaves. Takes tens of
-  // milliseconds.
-  static std::unique_ptr<GpuEvidence> open(Track& track, const char* library = "libnvidia-ml.so.1");
+  // `pci_bus_id`: of the GPU that computes, as Backend::pci_bus_id() says it; the library numbers GPUs otherwise than CUDA
+  // does. Null if that is empty, without the library, or where it does not know such a GPU: another vendor's, or none.
+  // Takes tens of milliseconds.
+  static std::unique_ptr<GpuEvidence> open(Track& track, const std::string& pci_bus_id,
+                                           const char* library = "libnvidia-ml.so.1");
   ~GpuEvidence();
   GpuEvidence(const GpuEvidence&) = delete;
   GpuEvidence& operator=(const GpuEvidence&) = delete;
@@ -32,7 +34,7 @@ class GpuEvidence {
   using Reasons = int (*)(void* device, unsigned long long* value);
 
   explicit GpuEvidence(Track& track) : track_(track) {}
-  bool load(const char* library);
+  bool load(const std::string& pci_bus_id, const char* library);
 
   Track& track_;
   void* library_ = nullptr;

@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// A management library with one hot GPU: what device_evidence.cpp asks of libnvidia-ml.
+// A management library with one hot GPU, at 0000:3B:00.0: what device_evidence.cpp asks of libnvidia-ml.
 #include <cstring>
 
 extern "C" {
 
 int nvmlInit_v2() { return 0; }
 int nvmlShutdown() { return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) {
+int nvmlDeviceGetHandleByPciBusId_v2(const char* bus_id, void** device) {
   static int gpu;
   *device = &gpu;
-  return index == 0 ? 0 : 2;
-}
-int nvmlDeviceGetHandleByUUID(const char* uuid, void** device) {
-  return std::strcmp(uuid, "GPU-fake") == 0 ? nvmlDeviceGetHandleByIndex_v2(0, device) : 6;
+  return std::strcmp(bus_id, "0000:3B:00.0") == 0 ? 0 : 6;   // NVML_ERROR_NOT_FOUND
 }
 int nvmlDeviceGetClockInfo(void*, int type, unsigned* mhz) {
   *mhz = type == 1 ? 1234 : 0;

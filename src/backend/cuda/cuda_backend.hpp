@@ -34,6 +34,7 @@ class CudaBackend final : public Backend {
 
   const char* name() const override { return "cuda"; }
   std::string device_name() const override { return device_.name; }
+  std::string pci_bus_id() const override { return device_.pci_bus_id; }
   bool computes_in_host_memory() const override { return false; }
   uint64_t preferred_copy_bytes() const override;
   DeviceMemory device_memory() const override;

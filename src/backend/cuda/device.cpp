@@ -96,6 +96,7 @@ Result<Device> Device::open(int index) {
   device.index = index;
   char bus_id[32] = {};
   SLUICE_TRY(checked(cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, index), "asking for the GPU's bus address"));
+  device.pci_bus_id = bus_id;
   const Nvml nvml(bus_id);
   const std::optional<uint64_t> before = nvml.used_bytes();
 

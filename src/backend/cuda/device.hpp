@@ -15,6 +15,7 @@ namespace sluice::backend::cuda {
 struct Device {
   int index = 0;
   std::string name;                   // "NVIDIA H200"
+  std::string pci_bus_id;             // "0000:3B:00.0"
   int major = 0, minor = 0;           // compute capability
   int driver = 0;                     // CUDA version the driver supports, 13000 for 13.0
   uint64_t total_bytes = 0;

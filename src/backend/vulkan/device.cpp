@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "backend/vulkan/vulkan_error.hpp"
 #include "base/units.hpp"
@@ -32,6 +33,7 @@ struct Description {
   VkPhysicalDeviceFeatures2 features{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, &features12};
   VkPhysicalDeviceExternalMemoryHostPropertiesEXT import{
       VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_EXTERNAL_MEMORY_HOST_PROPERTIES_EXT};
+  VkPhysicalDevicePCIBusInfoPropertiesEXT bus{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PCI_BUS_INFO_PROPERTIES_EXT};
   VkPhysicalDeviceSubgroupProperties subgroup{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES, &import};
   VkPhysicalDeviceMaintenance3Properties maintenance3{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MAINTENANCE_3_PROPERTIES, &subgroup};
   VkPhysicalDeviceDriverProperties driver{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_DRIVER_PROPERTIES, &maintenance3};
@@ -80,6 +82,7 @@ void describe(const Functions& vk, VkPhysicalDevice physical, Description& out) 
     out.extensions.resize(code == VK_SUCCESS || code == VK_INCOMPLETE ? count : 0);
   }
   out.subgroup.pNext = out.has(VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME) ? &out.import : nullptr;
+  if (out.has(VK_EXT_PCI_BUS_INFO_EXTENSION_NAME)) out.bus.pNext = std::exchange(out.subgroup.pNext, &out.bus);
   const bool matrices = out.has(VK_NV_COOPERATIVE_MATRIX_EXTENSION_NAME);
   if (matrices) out.features12.pNext = &out.matrices;
   vk.vkGetPhysicalDeviceProperties2(physical, &out.properties);
@@ -300,6 +303,10 @@ Status Device::create_device(VkPhysicalDevice physical) {
   subgroup_size_ = d.subgroup.subgroupSize;
   max_allocation_bytes_ = d.maintenance3.maxMemoryAllocationSize;
   local_heap_ = largest_local_heap(memory_);
+  if (d.has(VK_EXT_PCI_BUS_INFO_EXTENSION_NAME)) {
+    pci_bus_id_ = fmt::format("{:04X}:{:02X}:{:02X}.{:X}", d.bus.pciDomain, d.bus.pciBus, d.bus.pciDevice,
+                              d.bus.pciFunction);
+  }
   choose_queues(physical);
 
   std::vector<const char*> extensions;

@@ -47,6 +47,7 @@ class Device {
 
   VkDevice handle() const { return device_; }
   const std::string& name() const { return report_.name; }
+  const std::string& pci_bus_id() const { return pci_bus_id_; }   // empty without VK_EXT_pci_bus_info
   const DeviceReport& report() const { return report_; }
   bool software() const { return report_.software; }
   const VkPhysicalDeviceLimits& limits() const { return limits_; }
@@ -93,6 +94,7 @@ class Device {
   VkPhysicalDevice physical_ = VK_NULL_HANDLE;
   VkDevice device_ = VK_NULL_HANDLE;
   DeviceReport report_;
+  std::string pci_bus_id_;
   VkPhysicalDeviceLimits limits_{};
   VkPhysicalDeviceMemoryProperties memory_{};
   uint32_t subgroup_size_ = 0;

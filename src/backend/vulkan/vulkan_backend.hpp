@@ -32,6 +32,7 @@ class VulkanBackend final : public Backend {
 
   const char* name() const override { return "vulkan"; }
   std::string device_name() const override { return device_->name(); }
+  std::string pci_bus_id() const override { return device_->pci_bus_id(); }
   bool computes_in_host_memory() const override { return false; }
   uint64_t preferred_copy_bytes() const override;
   uint64_t max_allocation_bytes() const override { return device_->max_allocation_bytes(); }
