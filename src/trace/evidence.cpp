@@ -105,7 +105,7 @@ void TokenEvidence::read_files(uint64_t at) {
   if (!streams_) read_drive(at);
 }
 
-// Shown, but no cause is found by them.
+// Of which the first is never 0 and says that the others were read (causes.cpp).
 void TokenEvidence::read_seldom_used_files(uint64_t at) {
   uint64_t value = 0;
   if (number_at(memory_.read(), 1, value)) track_.count(Counter::resident_bytes, at, value * 4096);

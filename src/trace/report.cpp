@@ -134,7 +134,7 @@ class Reporter {
   double share(double seconds) const { return seconds_ > 0 ? seconds / seconds_ : 0; }
 
   void add_spikes(json& report) const {
-    const Attribution attribution(decoded_);
+    const Attribution attribution(decoded_, tokens_.counted);
     std::vector<Explained> trains;
     for (Train& train : trains_of(baseline_.score, spikes_, clocks_)) {
       Finding finding = attribution.explain(train.members);
