@@ -219,6 +219,7 @@ Result<StopReason> Session::generate(const GenerateOptions& options, const std::
     PassTimes& times = decoding ? state.timings.decode : state.timings.prefill;
     const Span total(times.total);
     const uint64_t token_begin = parts.last();
+    const trace::NvtxRange token_range(trace::Kind::token);
     const uint32_t pending = state.pending();
     if (state.pending() == 0 && !state.last_logits_known()) --state.evaluated;  // its logits went with a truncation
     if (Status status = state.run_pending(times); !status) {

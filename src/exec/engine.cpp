@@ -121,11 +121,13 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
   const trace::NvtxRange range(trace::Kind::pass);
   const uint64_t begin = chain.last();
   StageTimes spent;   // in ticks
+  trace::NvtxRange embed(trace::Kind::embed);
   const std::span<float> embeddings = std::span(embeddings_).first(rows.size() * shape_.hidden);
   SLUICE_TRY(embedding_->fetch(ids, embeddings));
   const uint64_t begun = trace::ticks();
   SLUICE_TRY(backend_->begin_pass(rows, embeddings));
   spent[Stage::embed] += chain.span(trace::Kind::embed);
+  embed.end();
 
   uint16_t layer = trace::Record::kNoLayer;
   uint64_t layer_begin = 0;

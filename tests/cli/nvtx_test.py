@@ -27,7 +27,7 @@ class Ranges(CliTest):
 
     def test_all_resident(self):
         ranges, spans = self.ranges()
-        for kind in ("pass", "layer", "norm", "matmul", "rope", "attention", "activation", "lm_head", "finish",
+        for kind in ("token", "pass", "embed", "layer", "norm", "matmul", "rope", "attention", "activation", "lm_head", "finish",
                      "sampling", "detokenize", "callback"):
             self.assertGreater(ranges[kind], 0, kind)
             self.assertEqual(ranges[kind], spans[kind], kind)
