@@ -316,18 +316,17 @@ TEST_CASE("tasks that stalled for memory are page faults or reclaim, and the evi
   CHECK(Run(Part::matmul, 30, stalled(27e3)).without({Counter::psi_memory_us}).explained().cause == Cause::compute);
 }
 
-TEST_CASE("pressure on memory that was read for the first time in ten tokens is held against ten tokens") {
+TEST_CASE("pressure on memory that was read for the first time in five tokens is held against five tokens") {
   const auto cause = [](double us) {   // a machine that is short of memory a third of the time
     Run run(Part::matmul, 30, compute);
     for (size_t i = 0; i < run.tokens.size(); ++i) {
-      if (i % 16 == 5) set(run.tokens[i], Counter::psi_memory_us, us);
-      else if (i % 16 == 10) set(run.tokens[i], Counter::psi_memory_us, 5 * 3333);
-      else set(run.tokens[i], Counter::resident_bytes, 0);   // not read
+      if (i % 16 < 5) set(run.tokens[i], Counter::resident_bytes, 0);   // not read
+      else set(run.tokens[i], Counter::psi_memory_us, i % 16 == 5 ? us : 3333);
     }
     return run.explained().cause;
   };
-  CHECK(cause(14 * 3333 + 3e3) == Cause::compute);   // a third of 140 ms, and a little
-  CHECK(cause(14 * 3333 + 20e3) == Cause::page_faults);
+  CHECK(cause(9 * 3333 + 3e3) == Cause::compute);   // a third of 90 ms, and a little
+  CHECK(cause(9 * 3333 + 20e3) == Cause::page_faults);
 }
 
 TEST_CASE("without the kernel's count of stalls, pages swapped in or reclaimed must be enough to explain them") {
