@@ -347,18 +347,18 @@ Attribution::Claim Attribution::operations_claim(const Sums& sums) const {
                         percent(slowed), percent(gpu_slowed_))};
   }
   if (auto untold = untold_steal(sums)) return *std::move(untold);
-  // Operations of the host take long by themselves only while they compute, with the usual waits for so much work; a
+  // Operations of the host take long by themselves only while they compute, or have to wait for a core in between; a
   // device computes unseen.
   const bool device = sums.share({Part::finish}) >= kHalfOfIt || counted(Counter::device_clock_error_ns) ||
                       counted(Counter::gpu_clock_mhz);
-  const double worked =
-      std::max(sums.ran * (1 + delay_per_work_), sums[Counter::process_cpu_ns] * 1e-9 / sums.total);
+  const double computed = std::max(sums.ran, sums[Counter::process_cpu_ns] * 1e-9 / sums.total);
+  const bool worked = computed >= kRanAnyway && computed + std::max(0.0, sums.delay / sums.total) >= kHalfOfIt;
   const bool knows = counted(Counter::run_delay_ns) && sums.read >= kHalfOfIt * sums.members;
-  if (worked < kHalfOfIt && !device) {
+  if (!worked && !device) {
     return {Cause::unknown, fmt::format("{}, while the process computed for {} of it: something held it up; {}", took,
-                                        percent(std::max(0.0, worked)), what_did_not_move(sums))};
+                                        percent(std::max(0.0, computed)), what_did_not_move(sums))};
   }
-  if (worked < kHalfOfIt && !knows) {
+  if (!worked && !knows) {
     return {Cause::unknown, took + "; whether the thread waited for a core was not counted"};
   }
   return {Cause::compute, took + "; " + what_did_not_move(sums)};

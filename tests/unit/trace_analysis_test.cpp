@@ -284,6 +284,13 @@ TEST_CASE("operations in which the process did not compute are no compute stall,
   const Finding stopped = Run(Part::matmul, 30).explained();
   CHECK(stopped.cause == Cause::unknown);
   CHECK(says(stopped, "held it up"));
+  const auto ran = [](double ms) { return [ms](Token& t) { set(t, Counter::thread_cpu_ns, 5e6 + ms * 1e6); }; };
+  CHECK(Run(Part::matmul, 30, ran(12)).explained().cause == Cause::unknown);
+  CHECK(Run(Part::matmul, 30, ran(16)).explained().cause == Cause::compute);
+  CHECK(Run(Part::matmul, 30, [](Token& t) {   // ... and waited for a core, less than half of it
+    set(t, Counter::thread_cpu_ns, 17e6);
+    set(t, Counter::run_delay_ns, 19e6);
+  }).explained().cause == Cause::compute);
   CHECK(Run(Part::finish, 30).explained().cause == Cause::compute);
   // ... which the thread waited for, or it waited for a core: without the scheduler's counters nobody knows.
   const Finding blind = Run(Part::finish, 30).without({Counter::run_delay_ns, Counter::psi_cpu_us}).explained();
