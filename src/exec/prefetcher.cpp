@@ -68,6 +68,7 @@ Prefetcher::Prefetcher(const storage::Container& container, const plan::Plan& pl
     ns_per_tick_ = options_.recorder->ns_per_tick();
   }
   for (uint32_t item = 0; item < plan.stream.size(); ++item) {
+    item_ends_.push_back((item == 0 ? 0 : item_ends_.back()) + plan.stream[item].bytes);
     if (plan.stream[item].tier != plan::Tier::disk) continue;
     std::vector<BlockRead> reads = reads_of(container.manifest().tensors[plan.stream[item].tensor]);
     for (size_t k = 0; k < reads.size(); ++k) {
@@ -130,9 +131,18 @@ Status Prefetcher::step(bool& idle) {
   if (queue_ != nullptr && queue_->in_flight() > 0) return take_read();
   if (reads_started_ - reads_copied_ < slots_.size()) {
     const Slot& next = slots_[reads_started_ % slots_.size()];
-    if (next.copied) return backend_.host_wait(next.event);  // what the copy waits for was submitted before it
+    if (next.copied) return wait_for_slot(next);
   }
   idle = true;
+  return {};
+}
+
+// What the copy waits for was submitted before it.
+Status Prefetcher::wait_for_slot(const Slot& slot) {
+  const trace::NvtxRange range(trace::Kind::slot_wait);
+  const uint64_t begin = trace::ticks();
+  SLUICE_TRY(backend_.host_wait(slot.event));
+  record(trace::Kind::slot_wait, begin);
   return {};
 }
 
@@ -222,11 +232,20 @@ void Prefetcher::publish_item() {
   backend_.record_copy(landed_events_[items_copied_ % plan_.stream.size()]);
   ring_waited_ = false;
   ++items_copied_;
+  if (track_ != nullptr) {
+    const uint64_t released = released_.load(std::memory_order_relaxed);
+    track_->count(trace::Counter::ring_bytes, trace::ticks(), bytes_of_items(items_copied_) - bytes_of_items(released));
+  }
   {
     const std::lock_guard lock(mutex_);
     published_.store(items_copied_, std::memory_order_release);
   }
   changed_.notify_all();
+}
+
+uint64_t Prefetcher::bytes_of_items(uint64_t count) const {
+  const uint64_t pass = plan_.stream.size();
+  return count / pass * item_ends_.back() + (count % pass == 0 ? 0 : item_ends_[count % pass - 1]);
 }
 
 std::span<std::byte> Prefetcher::slot_bytes(uint64_t read_number) const {

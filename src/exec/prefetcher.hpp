@@ -103,12 +103,14 @@ class Prefetcher {
              std::unique_ptr<storage::ReadQueue> queue, Options options);
   void run();
   Status step(bool& idle);
+  Status wait_for_slot(const Slot& slot);
   Status take_read();                   // waits for one
   Status start_reads();
   Status copy_host_item();
   Status copy_landed_read();
   bool ring_is_free() const;            // for the item at the copy cursor
   void publish_item();
+  uint64_t bytes_of_items(uint64_t count) const;   // of the first `count`, counted through all passes
   std::span<std::byte> slot_bytes(uint64_t read_number) const;
   // Of this object's thread, since `begin`; and of a read, from its submission to its completion.
   void record(trace::Kind kind, uint64_t begin, uint32_t bytes = 0, uint64_t value = 0);
@@ -126,6 +128,7 @@ class Prefetcher {
   trace::Track* drive_track_ = nullptr; // reads, which overlap
   double ns_per_tick_ = 1;
   std::vector<PassRead> reads_;         // of one pass
+  std::vector<uint64_t> item_ends_;     // by stream item: bytes of those up to it, of one pass
   std::vector<Slot> slots_;
   std::vector<backend::EventId> landed_events_, freed_events_;   // by stream item
 

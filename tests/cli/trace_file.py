@@ -6,7 +6,7 @@ import struct
 KINDS = ["none", "token", "run_model", "sampling", "detokenize", "callback", "evidence", "pass", "embed", "norm",
          "matmul", "rope", "attention", "activation", "lm_head", "disk_wait", "copy_wait", "layer", "finish",
          "disk_read", "bus_copy", "check", "stage_wait", "ring_wait", "counter", "injected", "turn_wait",
-         "session", "collect"]
+         "session", "collect", "slot_wait", "prepare"]
 
 
 def records_of(path):

@@ -70,9 +70,21 @@ class LateBackend : public MemoryBackend {
   std::set<backend::EventId> pending_;
 };
 
+// What is on the prefetcher's track of this kind.
+std::vector<trace::Record> recorded(const trace::Recorder& recorder, trace::Kind kind) {
+  std::vector<trace::Record> found;
+  for (const trace::Track* track : recorder.tracks()) {
+    if (track->name() != "prefetcher") continue;
+    found.resize(track->capacity());
+    found.resize(track->take(0, found).records);
+  }
+  std::erase_if(found, [&](const trace::Record& record) { return record.kind != kind; });
+  return found;
+}
+
 // Streams `passes` passes and compares every item, when it is acquired, with the file.
 Status stream(const storage::Container& container, const plan::Plan& plan, const storage::FaultPlan* faults, int passes,
-              uint64_t* bytes_read, MemoryBackend&& backend = {}) {
+              uint64_t* bytes_read, MemoryBackend&& backend = {}, trace::Recorder* recorder = nullptr) {
   auto ring = backend.allocate(plan.ring_bytes, "ring");
   REQUIRE(ring);
   auto staging = Mapping::anonymous(8 * storage::kBlockBytes, "staging");
@@ -83,7 +95,8 @@ Status stream(const storage::Container& container, const plan::Plan& plan, const
     contents.emplace_back(item.bytes);
     REQUIRE(read_exactly(container.fd(), contents.back(), container.manifest().tensors[item.tensor].offset(), "file"));
   }
-  Prefetcher::Options options{.ring = *ring, .host_weights = {}, .staging = staging->bytes()};
+  Prefetcher::Options options{
+      .ring = *ring, .host_weights = {}, .staging = staging->bytes(), .recorder = recorder};
   for (size_t i = 0; i < plan.stream.size(); ++i) {
     options.host_weights.emplace_back();
     if (plan.stream[i].tier == plan::Tier::host) options.host_weights.back() = contents[i];
@@ -154,8 +167,72 @@ TEST_CASE("prefetcher waits for the copy engine when that is all there is to wai
     CAPTURE(host);
     const plan::Plan plan = plan_of(*container, total / 3, host);
     REQUIRE(plan.disk_bytes > 8 * storage::kBlockBytes);
-    REQUIRE(stream(*container, plan, nullptr, 5, nullptr, LateBackend()));
+    trace::Recorder recorder;
+    REQUIRE(stream(*container, plan, nullptr, 5, nullptr, LateBackend(), &recorder));
+    CHECK_FALSE(recorded(recorder, trace::Kind::slot_wait).empty());
   }
+}
+
+// With a copy engine that is never behind there is nothing of the sort to wait for.
+TEST_CASE("prefetcher records no wait for a staging slot where copies are done at once") {
+  const Model model;
+  auto container = storage::Container::open(model.path);
+  REQUIRE(container);
+  trace::Recorder recorder;
+  REQUIRE(stream(*container, plan_of(*container, container->file_bytes() / 3, 0), nullptr, 5, nullptr, {}, &recorder));
+  CHECK(recorded(recorder, trace::Kind::slot_wait).empty());
+  CHECK_FALSE(recorded(recorder, trace::Kind::stage_wait).empty());
+}
+
+TEST_CASE("prefetcher counts what the ring holds: filled and not yet released") {
+  const Model model;
+  auto container = storage::Container::open(model.path);
+  REQUIRE(container);
+  const plan::Plan plan = plan_of(*container, container->file_bytes() / 3, 0);
+  const auto items = static_cast<uint32_t>(plan.stream.size());
+  // The items that fit before anything is released.
+  uint32_t first = 0;
+  while (first < items && first < plan.stream[first].distance) ++first;
+  REQUIRE((first > 1 && first < items));
+
+  MemoryBackend backend;
+  auto ring = backend.allocate(plan.ring_bytes, "ring");
+  REQUIRE(ring);
+  auto staging = Mapping::anonymous(8 * storage::kBlockBytes, "staging");
+  REQUIRE(staging);
+  auto queue = storage::ReadQueue::open(container->path(), {.depth = 8, .direct = true, .faults = nullptr, .log = {}});
+  REQUIRE(queue);
+  trace::Recorder recorder;
+  Prefetcher::Options options{.ring = *ring, .host_weights = {}, .staging = staging->bytes(), .recorder = &recorder};
+  options.host_weights.resize(items);
+  auto prefetcher = Prefetcher::start(*container, plan, backend, std::move(*queue), std::move(options));
+  REQUIRE(prefetcher);
+
+  // Whatever becomes free is filled at once, so each reading is known: items 0 to i, less those that had to go for i.
+  std::vector<uint64_t> expected;
+  AcquireTimes times;
+  uint32_t released = 0;
+  const auto bytes_between = [&](uint32_t begin, uint32_t end) {
+    uint64_t bytes = 0;
+    for (uint32_t i = begin; i < end; ++i) bytes += plan.stream[i % items].bytes;
+    return bytes;
+  };
+  for (uint32_t i = 0; i < 3 * items; ++i) {
+    const uint32_t distance = plan.stream[i % items].distance;
+    for (; i >= distance && released <= i - distance; ++released) (*prefetcher)->release(released % items);
+    REQUIRE((*prefetcher)->acquire(i % items, times));
+    expected.push_back(bytes_between(released, i + 1));
+  }
+  prefetcher->reset();
+  std::vector<uint64_t> counted;
+  for (const trace::Record& record : recorded(recorder, trace::Kind::counter)) {
+    CHECK(record.layer == static_cast<uint16_t>(trace::Counter::ring_bytes));
+    CHECK(record.value <= plan.ring_bytes);
+    counted.push_back(record.value);
+  }
+  REQUIRE(counted.size() >= expected.size());
+  counted.resize(expected.size());
+  CHECK(counted == expected);
 }
 
 TEST_CASE("prefetcher delivers the same bytes under short, late and interrupted reads") {
