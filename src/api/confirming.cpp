@@ -22,6 +22,7 @@
 #include "api/rerun.hpp"
 #include "base/units.hpp"
 #include "sluice/sluice.hpp"
+#include "trace/injection.hpp"
 
 namespace sluice {
 namespace {
@@ -43,6 +44,14 @@ struct Change {
   bool no_consumer = false;
 };
 
+// Leaves out the faults that have no place in a run with `places`: opening a model refuses them.
+void leave_out(std::vector<std::string>& inject, const trace::FaultPlaces& places) {
+  std::erase_if(inject, [&](const std::string& text) {
+    const Result<trace::Injection> injection = trace::parse_injection(text);
+    return injection && !trace::check_place(*injection, places);
+  });
+}
+
 // Changes `rerun` so that `cause` cannot act. Error: unsupported, saying why that cannot be done.
 Result<Change> take_away(const std::string& cause, const json& run, Rerun& rerun) {
   ModelOptions& options = rerun.options;
@@ -51,17 +60,20 @@ Result<Change> take_away(const std::string& cause, const json& run, Rerun& rerun
   if (cause == "disk_tail" || cause == "competing_reads") {
     if (bytes_in("disk") == 0) return fail(ErrorCode::unsupported, "no weights were streamed from the drive");
     options.host_memory_bytes = bytes_in("disk") + bytes_in("host") + 64 * kMiB;
+    leave_out(options.inject, {.host = true});
     return Change{.text = "the weights in host memory, not on the drive"};
   }
   if (cause == "bus") {
     options.device_memory_bytes.reset();
     options.host_memory_bytes = 0;
+    leave_out(options.inject, {});
     return Change{.text = "all weights resident, nothing copied"};
   }
   if (cause == "page_faults") {
     if (options.io != Io::mmap) return fail(ErrorCode::unsupported, "the weights were not mapped");
     options.io = Io::automatic;
     options.device_memory_bytes.reset();
+    leave_out(options.inject, {});
     return Change{.text = "the weights read into memory of the process, not mapped"};
   }
   if (cause == "interference") {

@@ -79,6 +79,15 @@ std::function<bool()> rival_pass(exec::Engine& engine, uint32_t slot) {
   };
 }
 
+trace::FaultPlaces places_of(const plan::Plan& plan) {
+  const auto streams = [&](plan::Tier tier) {
+    return std::any_of(plan.stream.begin(), plan.stream.end(),
+                       [&](const plan::StreamItem& item) { return item.tier == tier; });
+  };
+  return {.drive = streams(plan::Tier::disk), .host = streams(plan::Tier::host),
+          .mapped = plan.in_place && plan.disk_bytes > 0};
+}
+
 }  // namespace
 
 Model::State::~State() {
@@ -146,6 +155,9 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
   });
   if (has_rival) ++options.sessions;
   SLUICE_TRY_ASSIGN(opening, open_and_plan(path, options, options.bandwidths));
+  for (const trace::Injection& injection : injections) {
+    SLUICE_TRY(trace::check_place(injection, places_of(opening.plan)));
+  }
   const std::string backend_name = opening.backend->name();
   const std::string device_name = opening.backend->device_name();
 
@@ -170,7 +182,9 @@ Result<Model> Access::open(const std::string& path, ModelOptions options, const 
                                                 .progress = options.load_progress}));
   if (!injections.empty()) {
     trace::Recorder& recorder = engine->recorder();
-    recorder.set_injector(std::make_unique<trace::Injector>(std::move(injections), path, recorder.add_track("injected", 1u << 10)));
+    trace::Track& track = recorder.add_track("injected", 1u << 10);
+    SLUICE_TRY_ASSIGN(injector, trace::Injector::create(std::move(injections), path, track));
+    recorder.set_injector(std::move(injector));
     log_warning(options.log, "faults are being injected: times of this run say nothing about the machine");
   }
   state->info = info_of(*engine, opening.context);

@@ -4,14 +4,17 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <ctime>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <optional>
 
@@ -87,20 +90,61 @@ Result<Injection> parse_injection(std::string_view text) {
   return injection;
 }
 
-Injector::Injector(std::vector<Injection> injections, const std::string& weights, Track& track)
-    : weights_(weights), track_(track), started_ns_(steady_ns()) {
-  for (Injection& injection : injections) {
+Status check_place(const Injection& injection, const FaultPlaces& places) {
+  const auto refuse = [&](const char* what) {
+    return fail(ErrorCode::usage, fmt::format("--inject {}: {}", name_of(injection.fault), what));
+  };
+  if (injection.fault == Fault::read && !places.drive) {
+    return refuse("no weights are streamed from the drive here, so no read can be late; lower --device-memory and "
+                  "--host-memory");
+  }
+  if (injection.fault == Fault::copy && !places.host) {
+    return refuse("no weights are in host memory here, so no copy out of it can be late; lower --device-memory and "
+                  "give --host-memory");
+  }
+  if (injection.fault == Fault::evict && !places.mapped) {
+    return refuse("no weights are mapped here, so there is nothing to drop; give --io mmap without --device-memory");
+  }
+  if (injection.clock == InjectionClock::bytes && !places.drive) {
+    return refuse("clock=bytes counts what is streamed from the drive, and here nothing is; give clock=token or "
+                  "clock=time");
+  }
+  return {};
+}
+
+Injector::Injector(const std::string& weights, Track& track) : track_(track), started_ns_(steady_ns()) {
+  std::error_code unknown;
+  const std::filesystem::path path = std::filesystem::canonical(weights, unknown);
+  weights_ = unknown ? weights : path.string();
+}
+
+Result<std::unique_ptr<Injector>> Injector::create(std::vector<Injection> injections, const std::string& weights,
+                                                   Track& track) {
+  std::unique_ptr<Injector> self(new Injector(weights, track));
+  for (const Injection& injection : injections) {
     Due due{.injection = injection,
             .next = injection.period,
             .place = injection.period,
-            .random = std::mt19937_64(due_.size() + 1)};
-    due_.push_back(std::move(due));
-    if (injection.fault != Fault::compete || read_buffer_.size() > 0) continue;
-    Result<Mapping> buffer = Mapping::anonymous(kCompetitors * kCompetingRead, "competing reads");
-    if (!buffer) continue;
-    read_buffer_ = std::move(*buffer);
-    std::fill(read_buffer_.bytes().begin(), read_buffer_.bytes().end(), std::byte{1});
+            .random = std::mt19937_64(self->due_.size() + 1)};
+    self->due_.push_back(std::move(due));
+    if (injection.fault == Fault::compete && !self->competing_file_) SLUICE_TRY(self->prepare_competitors());
   }
+  return self;
+}
+
+Status Injector::prepare_competitors() {
+  Result<UniqueFd> file = open_file(weights_, O_RDONLY | O_DIRECT | O_CLOEXEC);
+  if (!file && file.error().os_code == EINVAL) {
+    return fail(ErrorCode::usage, fmt::format("--inject compete: the file system of {} has no direct reads, so nobody "
+                                              "can compete for its drive; put the file on another one", weights_),
+                EINVAL);
+  }
+  if (!file) return fail(std::move(file.error()));
+  SLUICE_TRY_ASSIGN(buffer, Mapping::anonymous(kCompetitors * kCompetingRead, "competing reads"));
+  std::fill(buffer.bytes().begin(), buffer.bytes().end(), std::byte{1});
+  competing_file_ = std::move(*file);
+  read_buffer_ = std::move(buffer);
+  return {};
 }
 
 Injector::~Injector() { stop(); }
@@ -129,18 +173,18 @@ void Injector::on_token(uint64_t bytes) {
   }
 }
 
+// What acts at its place is marked there (take), everything else here.
 void Injector::begin(const Injection& injection) {
   const uint64_t at = ticks();
   const double seconds = injection.ms * 1e-3;
+  const auto ns = static_cast<uint64_t>(seconds * 1e9);
   switch (injection.fault) {
     case Fault::read:
     case Fault::copy:
     case Fault::compute:
     case Fault::sampling:
     case Fault::callback:
-    case Fault::alloc:
-      pending_ns_[static_cast<size_t>(injection.fault)] += static_cast<uint64_t>(seconds * 1e9);
-      break;
+    case Fault::alloc: pending_ns_[static_cast<size_t>(injection.fault)] += ns; return;
     case Fault::preempt:
       for (unsigned i = 0; i < 3 * std::max(1u, std::thread::hardware_concurrency()); ++i)
         start_thread(seconds, [this](uint64_t until_ns) { burn(until_ns); });
@@ -151,21 +195,33 @@ void Injector::begin(const Injection& injection) {
         start_thread(seconds, [this, buffer](uint64_t until_ns) { compete(until_ns, buffer); });
       }
       break;
-    case Fault::evict: evict(); break;
-    case Fault::prefill: start_prefill(seconds); break;
-    case Fault::count: break;
+    case Fault::evict:
+      if (!evict()) return;
+      break;
+    case Fault::prefill:
+      if (!rival_) return;
+      start_prefill(seconds);
+      break;
+    case Fault::count: return;
   }
-  track_.record(Kind::injected, at, ticks(), static_cast<uint16_t>(injection.fault), 0,
-                static_cast<uint64_t>(injection.ms * 1e6));
+  mark(injection.fault, at, ns);
+}
+
+void Injector::mark(Fault fault, uint64_t begin_ticks, uint64_t ns) {
+  const std::lock_guard lock(marking_);
+  track_.record(Kind::injected, begin_ticks, ticks(), static_cast<uint16_t>(fault), 0, ns);
 }
 
 void Injector::take(Fault fault) {
   std::atomic<uint64_t>& pending = pending_ns_[static_cast<size_t>(fault)];
   if (pending.load(std::memory_order_relaxed) == 0) return;
   const uint64_t ns = pending.exchange(0);
+  if (ns == 0) return;   // another thread took it
+  const uint64_t at = ticks();
   if (fault == Fault::compute) spin(static_cast<double>(ns) * 1e-9);
   else if (fault == Fault::alloc) touch_memory(static_cast<double>(ns) * 1e-9);
   else std::this_thread::sleep_for(std::chrono::nanoseconds(ns));
+  mark(fault, at, ns);
 }
 
 void Injector::start_thread(double seconds, std::function<void(uint64_t until_ns)> work) {
@@ -199,13 +255,13 @@ void Injector::start_prefill(double seconds) {
 
 // Large reads all over the container, around the page cache.
 void Injector::compete(uint64_t until_ns, std::span<std::byte> buffer) {
-  Result<UniqueFd> file = open_file(weights_, O_RDONLY | O_DIRECT);
-  if (!file) return;
-  const off_t size = ::lseek(file->get(), 0, SEEK_END);
+  struct stat info = {};
+  if (::fstat(competing_file_.get(), &info) != 0) return;
+  const off_t size = info.st_size;
   std::mt19937_64 random(until_ns);
   while (!stopping_ && steady_ns() < until_ns) {
     const auto offset = static_cast<off_t>(random() % static_cast<uint64_t>(std::max<off_t>(1, size / 4096)) * 4096);
-    if (::pread(file->get(), buffer.data(), buffer.size(), offset) < 0) return;
+    if (::pread(competing_file_.get(), buffer.data(), buffer.size(), offset) < 0) return;
   }
 }
 
@@ -221,15 +277,17 @@ void Injector::touch_memory(double seconds) {
 }
 
 // Every mapping of the container in this process, out of its page tables, then out of the page cache.
-void Injector::evict() {
+bool Injector::evict() {
+  bool dropped = false;
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {
     unsigned long begin = 0, end = 0;
     if (line.find(weights_) == std::string::npos || std::sscanf(line.c_str(), "%lx-%lx", &begin, &end) != 2) continue;
-    ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    dropped = ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0 || dropped;
   }
   Result<UniqueFd> file = open_file(weights_, O_RDONLY);
   if (file) (void)::posix_fadvise(file->get(), 0, 0, POSIX_FADV_DONTNEED);
+  return dropped;
 }
 
 }  // namespace sluice::trace

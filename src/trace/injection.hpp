@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <mutex>
 #include <random>
 #include <span>
 #include <string>
@@ -47,10 +49,22 @@ struct Injection {
 // Error: usage, naming what is not understood and what there is.
 Result<Injection> parse_injection(std::string_view text);
 
+// What a run has for faults to act on.
+struct FaultPlaces {
+  bool drive = false;    // weights are streamed from the drive
+  bool host = false;     // ... copied from the host tier
+  bool mapped = false;   // ... computed with where the file is mapped
+};
+// Error: usage, if in such a run nothing would ever come to the fault's place, or its clock stand still.
+Status check_place(const Injection& injection, const FaultPlaces& places);
+
 class Injector {
  public:
-  // `weights`: the container. `track`: where each fault leaves a mark, for the report to show.
-  Injector(std::vector<Injection> injections, const std::string& weights, Track& track);
+  // `weights`: the container. `track`: where each fault that acts leaves a mark, for the report to show; written by
+  // this object alone. Errors: usage (`compete`, where the file system has no direct reads), not_found, io,
+  // out_of_memory.
+  static Result<std::unique_ptr<Injector>> create(std::vector<Injection> injections, const std::string& weights,
+                                                  Track& track);
   ~Injector();   // stop()
   Injector(const Injector&) = delete;
   Injector& operator=(const Injector&) = delete;
@@ -63,7 +77,7 @@ class Injector {
   // Between two tokens, by the decoding thread: `bytes` read for streaming so far. What is due begins, here or in
   // a thread, or waits for its place (take).
   void on_token(uint64_t bytes);
-  // At a fault's place: does what is due there. Any thread.
+  // At a fault's place: does what is due there, and marks it. Any thread.
   void take(Fault fault);
 
  private:
@@ -73,20 +87,25 @@ class Injector {
     std::mt19937_64 random;
   };
 
+  Injector(const std::string& weights, Track& track);
+  Status prepare_competitors();
   void begin(const Injection& injection);
+  void mark(Fault fault, uint64_t begin_ticks, uint64_t ns);
   void start_thread(double seconds, std::function<void(uint64_t until_ns)> work);
   void compete(uint64_t until_ns, std::span<std::byte> buffer);
   void burn(uint64_t until_ns);
   void start_prefill(double seconds);
   void touch_memory(double seconds);
-  void evict();
+  bool evict();   // whether anything was mapped
 
   std::vector<Due> due_;
-  std::string weights_;
+  std::string weights_;              // without links and dots, as the kernel names mappings
   Track& track_;
+  std::mutex marking_;               // a track has one writer at a time
   const uint64_t started_ns_;
   uint64_t tokens_ = 0;
   std::array<std::atomic<uint64_t>, static_cast<size_t>(Fault::count)> pending_ns_{};
+  UniqueFd competing_file_;
   Mapping read_buffer_;              // of the competing reads, touched before anything is timed
   std::function<bool()> rival_;
   std::atomic<bool> rival_came_{false};

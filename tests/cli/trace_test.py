@@ -70,6 +70,39 @@ class Trace(CliTest):
             file.write(data[:-40])
         self.assertFalse(self.prints_json("trace", cut, "--json")["complete"])
 
+    def injected(self, fault, *placement, model=None):
+        """How often the trace says that each fault acted."""
+        path = os.path.join(sp.SCRATCH, "fault.sltrace")
+        self.succeeds("run", model or sp.talking(), "-p", "Hello", *FIXED, "--trace", path, "--inject",
+                      fault + ":period=4,ms=1", *placement)
+        said = self.prints_json("trace", path, "--json")["injected"]
+        return dict(said) if isinstance(said, dict) else {fault["fault"]: fault["times"] for fault in said}
+
+    def test_faults_that_act_are_reported_as_often_as_they_did(self):
+        streamed = ["--device-memory", sp.smallest_budget(sp.talking(), "--context", "64")]
+        link = os.path.join(sp.SCRATCH, "link.sluice")
+        os.symlink(sp.talking(), link)
+        for fault, *placement in (["read", *streamed], ["copy", *streamed, "--host-memory", "1G"],
+                                  ["evict", "--io", "mmap"], ["callback"], ["compute"], ["prefill"]):
+            with self.subTest(fault=fault):
+                counts = self.injected(fault, *placement, model=link)
+                # Due after each fourth of 24 tokens; the last one has no token behind it to act in.
+                self.assertIn(counts.pop(fault), (5, 6))
+                self.assertEqual(counts, {})
+
+    def test_a_fault_without_a_place_is_refused(self):
+        streamed = ["--device-memory", sp.smallest_budget(sp.talking(), "--context", "64")]
+        hosted = [*streamed, "--host-memory", "1G"]
+        for fault, advice, *placement in (["read", "--device-memory"], ["read", "--host-memory", *hosted],
+                                          ["read", "--device-memory", "--io", "mmap"],
+                                          ["copy", "--host-memory"], ["copy", "--host-memory", *streamed],
+                                          ["evict", "--io mmap"], ["evict", "--io mmap", *streamed],
+                                          ["evict", "--device-memory", "--io", "mmap", "--device-memory", "1G"],
+                                          ["callback:clock=bytes", "clock=token"]):
+            with self.subTest(fault=fault, placement=placement):
+                self.refuses(sp.USAGE, ["--inject " + fault.split(":")[0], advice], "run", sp.talking(), "-p", "Hello",
+                             *FIXED, "--inject", fault, *placement)
+
 
 if __name__ == "__main__":
     unittest.main(verbosity=2)

@@ -1,12 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recorder: nothing lost that the ring could hold, nothing torn, and what was lost counted.
+// The recorder: nothing lost that the ring could hold, nothing torn, and what was lost counted. The injector: marks of
+// what it did.
+#include <fcntl.h>
+#include <sys/mman.h>
+
 #include <atomic>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <set>
 #include <span>
+#include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "base/handles.hpp"
 #include "catch.hpp"
+#include "tiny_container.hpp"
+#include "trace/injection.hpp"
 #include "trace/recorder.hpp"
 
 using namespace sluice::trace;
@@ -127,14 +140,115 @@ TEST_CASE("ticks become nanoseconds of the steady clock") {
   CHECK(std::abs(error) <= 2.0 * static_cast<double>(first.error_ns + now.error_ns) + 200);
 }
 
-TEST_CASE("tracks of a recorder have numbers of their own, and every kind a name of its own") {
+TEST_CASE("tracks of a recorder have numbers of their own") {
   Recorder recorder;
   Track& a = recorder.add_track("engine");
   Track& b = recorder.add_track("session 0");
   CHECK(a.number() != b.number());
   CHECK(recorder.tracks().size() == 3);   // and the machine's
-  CHECK(name_of(Kind::turn_wait) == "turn_wait");
-  CHECK(name_of(static_cast<Kind>(999)) == "unknown");
+}
+
+// The tables of names lie apart from the enumerations: one that is a name short, or out of order, ends in this.
+TEMPLATE_TEST_CASE("every kind and every counter has a name of its own", "", Kind, Counter) {
+  std::set<std::string_view> names;
+  constexpr auto kCount = static_cast<uint16_t>(TestType::count);
+  for (uint16_t i = 0; i < kCount; ++i) {
+    const std::string_view name = name_of(static_cast<TestType>(i));
+    CAPTURE(i, name);
+    CHECK_FALSE(name.empty());
+    CHECK(name != "unknown");
+    CHECK(names.insert(name).second);
+  }
+  CHECK(name_of(TestType::count) == "unknown");
+  CHECK(name_of(static_cast<TestType>(999)) == "unknown");
+}
+
+TEST_CASE("names are those of the numbers in the file format") {
+  CHECK(name_of(Kind::token) == "token");
+  CHECK(name_of(Kind::ring_wait) == "ring_wait");
+  CHECK(name_of(Kind::slot_wait) == "slot_wait");
+  CHECK(name_of(Kind::prepare) == "prepare");
+  CHECK(name_of(Counter::minor_faults) == "minor_faults");
   CHECK(name_of(Counter::steal_ms) == "steal_ms");
-  CHECK(name_of(static_cast<Counter>(999)) == "unknown");
+  CHECK(name_of(Counter::ring_bytes) == "ring_bytes");
+}
+
+namespace {
+
+// The injector of one fault, due after every token, and the track of its marks.
+struct OneFault {
+  explicit OneFault(Fault fault, const std::string& weights = "/no/such/container") {
+    auto made = Injector::create({{.fault = fault, .period = 1, .ms = 2}}, weights, track);
+    REQUIRE(made);
+    injector = std::move(*made);
+  }
+  std::vector<Record> marks() const { return take(track, 0, track.capacity()).first; }
+
+  Track track{0, "injected", 64};
+  std::unique_ptr<Injector> injector;
+};
+
+}  // namespace
+
+TEST_CASE("a fault is marked when it acts, not when it is due") {
+  for (const Fault fault : {Fault::read, Fault::copy, Fault::compute, Fault::sampling, Fault::callback, Fault::alloc}) {
+    OneFault one(fault);
+    CAPTURE(name_of(fault));
+    one.injector->take(fault);   // nothing is due yet
+    one.injector->on_token(0);
+    CHECK(one.marks().empty());
+    one.injector->take(fault);
+    REQUIRE(one.marks().size() == 1);
+    const Record mark = one.marks().front();
+    CHECK((mark.kind == Kind::injected && mark.layer == static_cast<uint16_t>(fault) && mark.value == 2'000'000));
+    CHECK(static_cast<double>(mark.end - mark.begin) * Recorder().ns_per_tick() > 1e6);
+    one.injector->take(fault);   // it was taken
+    CHECK(one.marks().size() == 1);
+  }
+}
+
+TEST_CASE("dropped pages are marked where the container is mapped, by whatever path it was opened, and only there") {
+  const sluice::test::TempFolder folder;
+  const std::string path = folder.file("weights"), link = folder.file("link");
+  std::ofstream(path) << std::string(8192, 'x');
+  std::filesystem::create_symlink(path, link);
+  OneFault one(Fault::evict, link);
+  one.injector->on_token(0);
+  CHECK(one.marks().empty());
+  const auto file = sluice::open_file(path, O_RDONLY);
+  REQUIRE(file);
+  void* const mapped = ::mmap(nullptr, 8192, PROT_READ, MAP_SHARED, file->get(), 0);
+  REQUIRE(mapped != MAP_FAILED);
+  one.injector->on_token(0);
+  CHECK(one.marks().size() == 1);
+  ::munmap(mapped, 8192);
+}
+
+TEST_CASE("another session's passes are marked where there is another session") {
+  OneFault one(Fault::prefill);
+  one.injector->on_token(0);
+  CHECK(one.marks().empty());
+  one.injector->set_rival([] { return false; });
+  one.injector->on_token(0);
+  CHECK(one.marks().size() == 1);
+}
+
+TEST_CASE("a fault that a run has no place for is refused with what to change") {
+  const auto refused = [](const Injection& injection, const FaultPlaces& places, const char* advice) {
+    const sluice::Status status = check_place(injection, places);
+    REQUIRE_FALSE(status);
+    CHECK(status.error().code == sluice::ErrorCode::usage);
+    CHECK(status.error().message.find(advice) != std::string::npos);
+  };
+  refused({.fault = Fault::read}, {.host = true, .mapped = true}, "lower --device-memory and --host-memory");
+  refused({.fault = Fault::copy}, {.drive = true, .mapped = true}, "give --host-memory");
+  refused({.fault = Fault::evict}, {.drive = true, .host = true}, "give --io mmap");
+  for (int fault = 0; fault < static_cast<int>(Fault::count); ++fault) {
+    CAPTURE(fault);
+    CHECK(check_place({.fault = static_cast<Fault>(fault)}, {.drive = true, .host = true, .mapped = true}));
+    refused({.fault = static_cast<Fault>(fault), .clock = InjectionClock::bytes},
+            {.host = fault == static_cast<int>(Fault::copy), .mapped = true}, "");
+  }
+  refused({.fault = Fault::callback, .clock = InjectionClock::bytes}, {.host = true}, "give clock=token");
+  CHECK(check_place({.fault = Fault::callback}, {}));
 }

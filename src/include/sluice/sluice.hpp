@@ -62,7 +62,8 @@ struct ModelOptions {
   Activations cpu_activations = Activations::int8;
   uint32_t threads = 0;              // of the CPU backend; 0: one per core
   Bandwidths bandwidths;             // for the prediction in Timings; an unknown disk is what reading so far has shown
-  // Faults made on purpose, to see whether a trace shows them: "read:period=16,ms=30" (docs/tracing.md). Error: usage.
+  // Faults made on purpose, to see whether a trace shows them: "read:period=16,ms=30" (docs/tracing.md). Error: usage,
+  // for one that this run has no place for as well.
   std::vector<std::string> inject;
   LogHook log;
   std::function<void(uint64_t done, uint64_t total)> load_progress;   // bytes of resident and host weights
