@@ -23,6 +23,8 @@ constexpr double kFull = 1.0 / 4, kEmpty = 1.0 / 16;
 constexpr milliseconds kReading{200};     // of the machine
 constexpr uint64_t kReadingsPerDrive = 5;
 
+bool is_session(const Track& track) { return track.name().starts_with("session "); }
+
 }  // namespace
 
 Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const std::string& path,
@@ -31,7 +33,7 @@ Result<std::unique_ptr<Collector>> Collector::start(Recorder& recorder, const st
   std::unique_ptr<Collector> self(new Collector(recorder, std::move(file)));
   for (Track* track : recorder.tracks()) {
     track->populate();
-    self->sources_.push_back({.track = track, .next = track->written()});
+    self->sources_.push_back({.track = track, .next = track->written(), .of_session = is_session(*track)});
     SLUICE_TRY(self->file_.add_track(track->number(), track->name()));
   }
   self->machine_ = std::make_unique<MachineEvidence>(recorder.machine_track());
@@ -93,21 +95,33 @@ Status Collector::collect() {
   while (sources_.size() < tracks.size()) {   // sessions that began meanwhile
     Track* track = tracks[sources_.size()];
     track->populate();
-    sources_.push_back({.track = track});
+    sources_.push_back({.track = track, .of_session = is_session(*track)});
     SLUICE_TRY(file_.add_track(track->number(), track->name()));
   }
   fill_ = 0;
-  for (Source& source : sources_) SLUICE_TRY(collect(source));
+  // A token is recorded behind its parts, which lie on other tracks. What is known of the sessions' tracks is asked for
+  // first and written last: wherever the file ends, no token is in it without them.
+  for (const bool of_session : {true, false}) {
+    for (Source& source : sources_) {
+      if (source.of_session == of_session) source.end = source.track->written();
+    }
+  }
+  for (const bool of_session : {false, true}) {
+    for (Source& source : sources_) {
+      if (source.of_session == of_session) SLUICE_TRY(collect(source));
+    }
+  }
   SLUICE_TRY(file_.add_clock(read_clocks()));
   return file_.flush();
 }
 
 Status Collector::collect(Source& source) {
-  const uint64_t written = source.track->written();
-  const auto waiting = static_cast<double>(written - source.next);
+  if (source.next >= source.end) return {};
+  const auto waiting = static_cast<double>(source.end - source.next);
   fill_ = std::max(fill_, waiting / static_cast<double>(source.track->capacity()));
-  while (source.next < written) {
-    const Track::Taken taken = source.track->take(source.next, piece_);
+  while (source.next < source.end) {
+    const auto most = static_cast<size_t>(std::min<uint64_t>(piece_.size(), source.end - source.next));
+    const Track::Taken taken = source.track->take(source.next, std::span(piece_).first(most));
     source.next = taken.next;
     source.dropped += taken.dropped;
     totals_.records += taken.records;

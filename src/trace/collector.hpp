@@ -47,6 +47,8 @@ class Collector {
   struct Source {
     Track* track = nullptr;
     uint64_t next = 0;        // record to be read next
+    uint64_t end = 0;         // what is there in this round
+    bool of_session = false;
     uint64_t dropped = 0;
   };
 

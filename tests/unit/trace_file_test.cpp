@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The .sltrace file: what was written is what is read, and every kind of damage has its sentence.
+#include <atomic>
 #include <functional>
 
 #include "base/check.hpp"
@@ -179,6 +180,47 @@ TEST_CASE("a full disk ends the trace with an error and not the run") {
   CHECK(collector.error().message.find("cannot write the trace") != std::string::npos);
   CHECK_FALSE(recorder.collected());
   track.record(Kind::norm, 1, 2);
+}
+
+TEST_CASE("a trace that ends anywhere has no token without its parts") {
+  const TempFolder folder;
+  const std::string path = folder.file("cut.sltrace");
+  for (int round = 0; round < 4; ++round) {
+    Recorder recorder;
+    Track& early = recorder.add_track("engine", Recorder::kBusyCapacity);
+    Track& session = recorder.add_track("session 0", Recorder::kBusyCapacity);
+    Track& late = recorder.add_track("gpu", Recorder::kBusyCapacity);   // begins with the first pass, behind the session
+    auto collector = Collector::start(recorder, path, R"({"command":"test"})");
+    REQUIRE(collector);
+    std::atomic<bool> stopping{false};
+    std::thread writer([&] {
+      for (uint64_t i = 0; !stopping; ++i) {
+        early.record(Kind::matmul, i, i + 1, 0, 0, i);
+        late.record(Kind::matmul, i, i + 1, 0, 0, i);
+        session.record(Kind::token, i, i + 1, 0, 0, i);
+        // 200,000 tokens a second, so that many are recorded while a round is written.
+        for (const uint64_t until = steady_ns() + 5'000; steady_ns() < until;) {
+        }
+      }
+    });
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    collector->reset();   // as if the process had been killed: nothing more is written
+    stopping = true;
+    writer.join();
+    const auto trace = read_trace(path);
+    INFO((trace ? "" : trace.error().message));
+    REQUIRE(trace);
+    CHECK_FALSE(trace->complete);
+    const auto last = [&](const char* name) {
+      for (const TraceTrack& track : trace->tracks) {
+        if (track.name == name && !track.records.empty()) return track.records.back().value;
+      }
+      return uint64_t{0};
+    };
+    CHECK(last("session 0") > 1000);
+    CHECK(last("engine") >= last("session 0"));
+    CHECK(last("gpu") >= last("session 0"));
+  }
 }
 
 TEST_CASE("the collector writes all that many tracks record, those that begin meanwhile included") {
