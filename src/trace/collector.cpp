@@ -133,10 +133,11 @@ Status Collector::collect(Source& source) {
 
 Result<Totals> Collector::stop() {
   join();
-  SLUICE_TRY(std::move(status_));
-  SLUICE_TRY(collect());
-  SLUICE_TRY(file_.finish(totals_.records, totals_.dropped));
-  return totals_;
+  if (status_) status_ = collect();
+  if (status_) status_ = file_.finish(totals_.records, totals_.dropped);
+  if (status_) return totals_;
+  status_.error().message += "; it ended there, before the run, and what was written until then can be read";
+  return fail(std::move(status_.error()));
 }
 
 }  // namespace sluice::trace

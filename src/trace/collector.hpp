@@ -40,7 +40,8 @@ class Collector {
   // Stops and leaves the file unfinished if stop() was not called.
   ~Collector();
 
-  // Collects what is left and finishes the file. Error: io, that of the first write that failed. Once.
+  // Collects what is left and finishes the file. Error: io, that of the first write that failed: it ended the trace, and
+  // nothing was collected since. Once.
   Result<Totals> stop();
 
  private:

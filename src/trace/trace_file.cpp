@@ -118,8 +118,7 @@ Status TraceFileWriter::flush() {
     if (written < 0 && errno == EINTR) continue;
     if (written < 0) {
       const int code = errno;
-      return fail(ErrorCode::io, fmt::format("{}: cannot write the trace: {}; what was written so far can be read",
-                                             path_, std::strerror(code)), code);
+      return fail(ErrorCode::io, fmt::format("{}: cannot write the trace: {}", path_, std::strerror(code)), code);
     }
     left = left.subspan(static_cast<size_t>(written));
   }

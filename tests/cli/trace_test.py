@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`run --trace` and `trace`: what is recorded is shown, on every way of reading, and bad input has one sentence."""
+import json
 import os
+import signal
+import time
 import unittest
 
 import sluice_process as sp
@@ -61,14 +64,46 @@ class Trace(CliTest):
         self.refuses(sp.NOT_FOUND, "no-folder", *arguments, os.path.join(sp.SCRATCH, "no-folder", "t.sltrace"))
         self.refuses(sp.IO, "cannot write the trace", *arguments, "/dev/full")
 
+    def test_a_disk_that_fills_up_ends_the_trace_and_not_the_run(self):
+        path = os.path.join(sp.SCRATCH, "filled.sltrace")
+        tokens, limit = 2000, 4_000_000   # of a trace of 6.6 MB, which the thread writes every 0.2 s
+        arguments = ["run", sp.slow(), "-p", "Hello", "-n", tokens, "--ignore-eos", "--context", 4096, "-q", "--json"]
+        plain = self.prints_json(*arguments)
+        done = self.succeeds(*arguments, "--trace", path, preexec=sp.limit_file_size(limit))
+        self.assertEqual(json.loads(done.stdout)["ids"], plain["ids"])
+        lines = done.stderr.decode().splitlines()
+        self.assertEqual(len(lines), 1, lines)
+        for words in ("the trace is not whole", path, "File too large", "what was written until then can be read"):
+            self.assertIn(words, lines[0])
+        self.assertEqual(os.path.getsize(path), limit)
+        report = self.prints_json("trace", path, "--json")
+        self.assertFalse(report["complete"])
+        self.assertGreater(report["tokens"], 20)
+        self.assertLess(report["tokens"], tokens)
+
     def test_a_killed_run_leaves_a_trace_that_can_be_read(self):
-        path, _ = self.record("whole.sltrace")
-        with open(path, "rb") as file:
-            data = file.read()
-        cut = os.path.join(sp.SCRATCH, "cut.sltrace")
-        with open(cut, "wb") as file:
-            file.write(data[:-40])
-        self.assertFalse(self.prints_json("trace", cut, "--json")["complete"])
+        path = os.path.join(sp.SCRATCH, "killed.sltrace")
+        process = sp.start("run", sp.slow(), "-p", "Hello", "-n", 8000, "--ignore-eos", "--context", 8192, "-q",
+                           "--trace", path)
+        # Until the thread has written several times: each time takes it 0.2 s, or 128 KiB.
+        until = time.monotonic() + sp.TIMEOUT
+        while time.monotonic() < until and (not os.path.exists(path) or os.path.getsize(path) < 500_000):
+            self.assertIsNone(process.poll(), "the run ended by itself")
+            time.sleep(0.01)
+        process.kill()
+        done = sp.finished(process)
+        self.assertEqual(done.returncode, -signal.SIGKILL)
+        report = self.prints_json("trace", path, "--json")
+        self.assertFalse(report["complete"])
+        self.assertEqual(report["dropped"], 0)
+        self.assertGreater(report["decoded_tokens"], 20)
+        self.assertLess(report["tokens"], 8000)
+        self.assertGreater(report["accounting"]["tokens_at_99_percent"], 0.9)
+        page = os.path.join(sp.SCRATCH, "killed.html")
+        summary = self.succeeds("trace", path, "--html", page).stdout.decode()
+        self.assertIn("the run ended before its trace was finished", summary)
+        with open(page) as file:
+            self.assertIn("the run ended before its trace was finished", file.read())
 
     def injected(self, fault, *placement, model=None):
         """How often the trace says that each fault acted."""

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The .sltrace file: what was written is what is read, and every kind of damage has its sentence.
+#include <sys/resource.h>
+
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <filesystem>
 #include <functional>
 
 #include "base/check.hpp"
@@ -170,7 +176,7 @@ TEST_CASE("a trace without a token, a missing file and a folder each have their 
   CHECK(TraceFileWriter::create(folder.file("."), {}, "{}").error().code == ErrorCode::io);
 }
 
-TEST_CASE("a full disk ends the trace with an error and not the run") {
+TEST_CASE("a disk that is full from the beginning refuses the trace and not what is recorded") {
   Recorder recorder;
   Track& track = recorder.add_track("engine");
   auto collector = Collector::start(recorder, "/dev/full", "{}");
@@ -180,6 +186,68 @@ TEST_CASE("a full disk ends the trace with an error and not the run") {
   CHECK(collector.error().message.find("cannot write the trace") != std::string::npos);
   CHECK_FALSE(recorder.collected());
   track.record(Kind::norm, 1, 2);
+}
+
+namespace {
+
+// Files of this process cannot grow beyond `bytes`, as on a disk that becomes full: a write ends early, the next fails.
+class SmallFiles {
+ public:
+  explicit SmallFiles(rlim_t bytes) : handler_(std::signal(SIGXFSZ, SIG_IGN)) {
+    REQUIRE(::getrlimit(RLIMIT_FSIZE, &before_) == 0);
+    const rlimit limit{bytes, before_.rlim_max};
+    REQUIRE(::setrlimit(RLIMIT_FSIZE, &limit) == 0);
+  }
+  ~SmallFiles() {
+    (void)::setrlimit(RLIMIT_FSIZE, &before_);
+    std::signal(SIGXFSZ, handler_);
+  }
+  SmallFiles(const SmallFiles&) = delete;
+  SmallFiles& operator=(const SmallFiles&) = delete;
+
+ private:
+  void (*handler_)(int);
+  rlimit before_{};
+};
+
+}  // namespace
+
+TEST_CASE("a disk that becomes full ends the trace, not what is recorded, and what was written opens") {
+  const TempFolder folder;
+  const std::string path = folder.file("full.sltrace");
+  constexpr uint64_t kLimit = 100'003;   // in the middle of a record
+  Recorder recorder;
+  Track& engine = recorder.add_track("engine", Recorder::kBusyCapacity);
+  auto collector = Collector::start(recorder, path, R"({"command":"test"})");
+  REQUIRE(collector);
+  uint64_t recorded = 0;
+  {
+    const SmallFiles limit(kLimit);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+    while (recorder.collected() && std::chrono::steady_clock::now() < deadline) {
+      engine.record(Kind::matmul, recorded, recorded + 1, 0, 0, recorded);
+      ++recorded;
+      if (recorded % 1000 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+  }
+  REQUIRE_FALSE(recorder.collected());   // the thread noticed, in the middle
+  engine.record(Kind::matmul, recorded, recorded + 1, 0, 0, recorded);
+  const auto totals = (*collector)->stop();
+  REQUIRE_FALSE(totals);
+  CHECK(totals.error().code == ErrorCode::io);
+  CHECK(totals.error().os_code == EFBIG);
+  CHECK(totals.error().message.starts_with(path + ": cannot write the trace: "));
+  CHECK(totals.error().message.find("what was written until then can be read") != std::string::npos);
+  CHECK(std::filesystem::file_size(path) == kLimit);
+  const auto trace = read_trace(path);
+  INFO((trace ? "" : trace.error().message));
+  REQUIRE(trace);
+  CHECK_FALSE(trace->complete);
+  const auto written = std::find_if(trace->tracks.begin(), trace->tracks.end(),
+                                    [](const TraceTrack& track) { return track.name == "engine"; });
+  REQUIRE(written != trace->tracks.end());
+  CHECK(written->records.size() > 2000);   // of 32 bytes in 100,003, less a chunk of 512
+  for (size_t i = 0; i < written->records.size(); ++i) REQUIRE(written->records[i].value == i);
 }
 
 TEST_CASE("a trace that ends anywhere has no token without its parts") {

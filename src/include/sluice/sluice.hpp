@@ -206,10 +206,11 @@ class SLUICE_API Model {
   Sampling default_sampling() const;         // of the generation config, negative where it says nothing
 
   // Writes what happens from now on to a trace (docs/tracing.md), until stop_trace or the model's end; a file that was
-  // not stopped lacks the last 100 ms. Not while another trace is written (usage). Errors: usage, not_found, io. Sessions
+  // not stopped lacks the last 0.2 s. Not while another trace is written (usage). Errors: usage, not_found, io. Sessions
   // may be in use; start_trace and stop_trace themselves take one thread at a time.
   Status start_trace(const std::string& path, const TraceNote& note = {});
-  // Finishes the file. Errors: usage (none is written), io (the first write that failed).
+  // Finishes the file. Errors: usage (none is written), io (the first write that failed, which ended the trace; what was
+  // written until then can be read).
   Result<TraceTotals> stop_trace();
 
  private:
