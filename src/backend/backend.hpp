@@ -212,8 +212,9 @@ class Backend {
   virtual Calibration* calibration() { return nullptr; }
   // Waits for the compute queue and copies the logits, FP32 [wanted rows][vocab], to `logits` (empty: none wanted).
   virtual Status finish_pass(std::span<float> logits) = 0;
-  // Of the last finished pass, one for each `run`, in their order; valid until the next begin_pass. Empty where `run`
-  // itself computes (the CPU), and the caller's clock tells.
+  // Of the last finished pass, one for each `run` that had rows to work on, in their order; valid until the next
+  // begin_pass. Empty where `run` itself computes (the CPU), and the caller's clock tells; also where the device has no
+  // clock (some of Vulkan's), and of a pass with more operations than a model has.
   virtual std::span<const OpTime> op_times() const { return {}; }
   // ... and when commands were recorded that later passes repeat: graphs, command buffers.
   virtual std::span<const HostTime> recordings() const { return {}; }

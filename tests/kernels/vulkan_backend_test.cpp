@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Vulkan backend where things go wrong: no loader, no driver, no memory, a device that is lost; and copies where
-// host memory cannot be imported.
+// The Vulkan backend where things go wrong: no loader, no driver, no memory, a device that is lost; copies where host
+// memory cannot be imported; and the times of a pass.
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -293,6 +294,159 @@ TEST_CASE("copies arrive from memory that is imported, that cannot be, and that 
     REQUIRE(backend->host_wait(*event));
     CHECK(backend->done(*event));
     if (how < 2) backend->unregister_host(bytes);
+  }
+}
+
+namespace {
+
+// Recordings counted in the driver's place, and results that are never there.
+PFN_vkBeginCommandBuffer driver_begin = nullptr;
+int recordings = 0;
+VkResult counted_begin(VkCommandBuffer commands, const VkCommandBufferBeginInfo* info) {
+  ++recordings;
+  return driver_begin(commands, info);
+}
+VkResult not_ready(VkDevice, VkQueryPool, uint32_t, uint32_t, size_t, void*, VkDeviceSize, VkQueryResultFlags) {
+  return VK_NOT_READY;
+}
+
+// Passes of `norms` operations, in front of the second of which `copied` bytes are copied and waited for.
+class TimedPasses {
+ public:
+  static constexpr size_t kBytes = size_t{32} << 20;
+
+  TimedPasses() : backend_(backend_or_fail()) {
+    Shape shape = small_shape();
+    shape.layers = 8;   // room for two segments
+    REQUIRE(backend_->prepare(shape));
+    const auto place = backend_->allocate(kBytes, "weights");
+    const auto event = backend_->create_event();
+    REQUIRE(place);
+    REQUIRE(event);
+    place_ = *place;
+    event_ = *event;
+  }
+
+  VulkanBackend& backend() { return *backend_; }
+
+  // Returns the nanoseconds that the host saw.
+  uint64_t run(uint32_t norms, size_t copied) {
+    const auto start = std::chrono::steady_clock::now();
+    const Row row{.session = 0, .position = 0, .wants_logits = false};
+    REQUIRE(backend_->begin_pass({&row, 1}, embedding_));
+    CHECK(backend_->op_times().empty());
+    for (uint32_t i = 0; i < norms; ++i) {
+      if (i == 1 && copied > 0) {
+        REQUIRE(backend_->submit());
+        REQUIRE(backend_->copy_to_device(place_, std::span(bytes_).first(copied)));
+        backend_->record_copy(event_);
+        backend_->compute_waits(event_);
+      }
+      REQUIRE(backend_->run(norm_op()));
+    }
+    REQUIRE(backend_->finish_pass({}));
+    const auto elapsed = std::chrono::steady_clock::now() - start;
+    return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count());
+  }
+
+ private:
+  std::unique_ptr<VulkanBackend> backend_;
+  std::vector<float> embedding_ = std::vector<float>(64, 1.0f);
+  std::vector<std::byte> bytes_ = std::vector<std::byte>(kBytes);
+  DeviceAddress place_;
+  EventId event_ = 0;
+};
+
+// Ends the test, passed, where the queue has no clock: there are no times then.
+bool has_clock(VulkanBackend& backend) {
+  if (backend.device().timestamp_bits() > 0) return true;
+  std::printf("the queue has no clock\n");
+  CHECK(backend.op_times().empty());
+  return false;
+}
+
+}  // namespace
+
+TEST_CASE("operations have times one behind the other, also in a pass that is submitted again as it was recorded") {
+  TimedPasses passes;
+  auto& vk = passes.backend().device().vk;
+  driver_begin = vk.vkBeginCommandBuffer;
+  vk.vkBeginCommandBuffer = counted_begin;
+  // Some of them in a second segment.
+  for (const uint32_t norms : {3u, 120u, 3u}) {
+    for (const bool again : {false, true}) {
+      INFO(norms << " operations" << (again ? ", again" : ""));
+      recordings = 0;
+      const uint64_t host_ns = passes.run(norms, 0);
+      CHECK((recordings == 0) == again);
+      if (!has_clock(passes.backend())) return;
+      const std::span<const OpTime> times = passes.backend().op_times();
+      REQUIRE(times.size() == norms);
+      for (size_t i = 0; i < times.size(); ++i) {
+        CHECK(times[i].begin_ns == (i > 0 ? times[i - 1].end_ns : times[0].begin_ns));
+        CHECK(times[i].wait_ns() == 0);
+        CHECK(times[i].ready_ns <= times[i].end_ns);
+      }
+      // Two clocks, of which one may be a little faster.
+      CHECK(times.back().end_ns > times.front().begin_ns);
+      CHECK(times.back().end_ns - times.front().begin_ns <= host_ns + host_ns / 100);
+    }
+  }
+}
+
+TEST_CASE("an operation whose weights are copied meanwhile has a wait, and its neighbours have none") {
+  TimedPasses passes;
+  uint64_t before_ns = 0;
+  // The same pass with and without a wait: its later operations have other queries.
+  for (const size_t copied : {TimedPasses::kBytes, TimedPasses::kBytes, size_t{0}, TimedPasses::kBytes}) {
+    INFO(copied << " bytes");
+    const uint64_t host_ns = passes.run(4, copied);
+    if (!has_clock(passes.backend())) return;
+    const std::span<const OpTime> times = passes.backend().op_times();
+    REQUIRE(times.size() == 4);
+    CHECK((times[1].wait_ns() > 0) == (copied > 0));
+    for (const size_t i : {0, 2, 3}) CHECK(times[i].wait_ns() == 0);
+    CHECK(times[3].end_ns - times[0].begin_ns <= host_ns + host_ns / 100);
+    CHECK(times[0].begin_ns > before_ns);
+    before_ns = times[3].end_ns;
+    std::printf("%zu bytes: wait %.3f ms of a pass of %.3f ms\n", copied,
+                static_cast<double>(times[1].wait_ns()) * 1e-6, static_cast<double>(host_ns) * 1e-6);
+  }
+}
+
+TEST_CASE("a pass of too many operations, or without results, has no times, and the next one has") {
+  TimedPasses passes;
+  passes.run(400, 0);
+  CHECK(passes.backend().op_times().empty());
+  passes.run(2, 0);
+  if (!has_clock(passes.backend())) return;
+  CHECK(passes.backend().op_times().size() == 2);
+
+  auto& vk = passes.backend().device().vk;
+  const auto results = vk.vkGetQueryPoolResults;
+  vk.vkGetQueryPoolResults = not_ready;
+  passes.run(2, 0);
+  CHECK(passes.backend().op_times().empty());
+  vk.vkGetQueryPoolResults = results;
+  passes.run(2, 0);
+  CHECK(passes.backend().op_times().size() == 2);
+}
+
+TEST_CASE("operations on rows that want logits have times only where there are such rows") {
+  auto backend = backend_or_fail();
+  REQUIRE(backend->prepare(small_shape()));
+  Op select;
+  select.kind = OpKind::select_rows;
+  const std::vector<float> embeddings(2 * 64, 1.0f);
+  for (const bool wants : {true, false, true}) {
+    const Row rows[] = {{.session = 0, .position = 0}, {.session = 0, .position = 1, .wants_logits = wants}};
+    REQUIRE(backend->begin_pass(rows, embeddings));
+    REQUIRE(backend->run(norm_op()));
+    REQUIRE(backend->run(select));
+    REQUIRE(backend->run(norm_op()));
+    REQUIRE(backend->finish_pass({}));
+    if (!has_clock(*backend)) return;
+    CHECK(backend->op_times().size() == (wants ? 3 : 1));
   }
 }
 

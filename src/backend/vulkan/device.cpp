@@ -288,6 +288,7 @@ void Device::choose_queues(VkPhysicalDevice physical) {
   uint32_t compute = 0;
   while ((d.families[compute].queueFlags & VK_QUEUE_COMPUTE_BIT) == 0) ++compute;
   compute_ = {.family = compute, .index = 0};
+  timestamp_bits_ = d.families[compute].timestampValidBits;
   copy_ = {.family = compute, .index = std::min(1u, d.families[compute].queueCount - 1)};
   const auto copies = std::find_if(d.families.begin(), d.families.end(), copies_only);
   if (copies != d.families.end()) copy_ = {.family = static_cast<uint32_t>(copies - d.families.begin()), .index = 0};

@@ -65,6 +65,8 @@ class Device {
   // same queue.
   QueuePlace compute_queue() const { return compute_; }
   QueuePlace copy_queue() const { return copy_; }
+  // Of a timestamp on the compute queue; 0: it has none.
+  uint32_t timestamp_bits() const { return timestamp_bits_; }
   // Held around every use of a VkQueue: two Queue objects may share one.
   std::mutex& submit_mutex() { return submit_mutex_; }
 
@@ -105,6 +107,7 @@ class Device {
   uint32_t local_heap_ = 0;
   uint64_t allocated_bytes_ = 0;      // of the local heap
   QueuePlace compute_, copy_;
+  uint32_t timestamp_bits_ = 0;
   std::mutex submit_mutex_;
 };
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "backend/backend.hpp"
+#include "backend/vulkan/pass_clock.hpp"
 #include "backend/vulkan/queue.hpp"
 #include "sluice/result.hpp"
 
@@ -34,6 +35,8 @@ enum class CommandKind : uint8_t { begin_pass, operation, copy_logits };
 struct Command {
   CommandKind kind = CommandKind::operation;
   uint32_t rows = 0;                  // that it works on
+  uint32_t query = PassClock::kNoQuery;   // its first (pass_clock.hpp)
+  bool awaited = false;               // an event was waited for in front of it: it is the first of its segment
   Op op;                              // of an operation
   bool operator==(const Command&) const = default;
 };

@@ -22,6 +22,9 @@ namespace {
 constexpr uint64_t kPreferredCopyBytes = 4 * kMiB;
 // Room for what a driver takes after the device was opened: pipelines, command buffers.
 constexpr uint64_t kLaterGrowth = 64 * kMiB;
+// Commands that a pass can have: a layer's 14 products, where its seven matrices are streamed and have residuals, and
+// the 5 between them; 4 for the logits, the beginning, and some to spare.
+constexpr uint32_t kLayerCommands = 19, kOtherCommands = 16;
 // Pieces in which a KV cache is saved and loaded.
 constexpr uint64_t kPieceBytes = 4 * kMiB;
 
@@ -67,6 +70,7 @@ VulkanBackend::~VulkanBackend() {
   copies_.reset();
   compute_.reset();
   kernels_.reset();
+  if (queries_ != VK_NULL_HANDLE) device_->vk.vkDestroyQueryPool(device_->handle(), queries_, nullptr);
   for (Buffer& buffer : buffers_) device_->destroy(buffer);
   device_->destroy(upload_);
   device_->destroy(readback_);
@@ -140,6 +144,7 @@ Status VulkanBackend::prepare(const Shape& shape) {
   shape_.inverse_frequencies = {};
   SLUICE_TRY(create_host_buffers());
   SLUICE_TRY(initialise_scratch());
+  SLUICE_TRY(create_clock());
   prepared_ = true;
   return {};
 }
@@ -170,6 +175,16 @@ Status VulkanBackend::initialise_scratch() {
     const VkBufferCopy region{.srcOffset = 0, .dstOffset = scratch_.block_table, .size = blocks * sizeof(uint32_t)};
     device_->vk.vkCmdCopyBuffer(commands, upload_.handle, scratch_memory_.handle, 1, &region);
   });
+}
+
+Status VulkanBackend::create_clock() {
+  const TickKind ticks{.valid_bits = device_->timestamp_bits(), .ns = double{device_->limits().timestampPeriod}};
+  clock_ = PassClock(ticks, kLayerCommands * shape_.layers + kOtherCommands);
+  if (clock_.queries() == 0) return {};
+  const VkQueryPoolCreateInfo info{.sType = VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO,
+                                   .queryType = VK_QUERY_TYPE_TIMESTAMP,
+                                   .queryCount = clock_.queries()};
+  return check(device_->vk.vkCreateQueryPool(device_->handle(), &info, nullptr, &queries_), "making room for times");
 }
 
 template <class Body>
@@ -250,7 +265,9 @@ void VulkanBackend::record_compute(EventId event) {
 // Submitted also where the copy is there already: segments must not depend on the time of day.
 void VulkanBackend::compute_waits(EventId event) {
   if (dead_ || !flush()) return;
-  if (events_[event].of_copy) copies_to_see_ = std::max(copies_to_see_, events_[event].value.load(std::memory_order_acquire));
+  if (!events_[event].of_copy) return;
+  copies_to_see_ = std::max(copies_to_see_, events_[event].value.load(std::memory_order_acquire));
+  awaits_ = true;
 }
 
 void VulkanBackend::copy_waits(EventId event) {
@@ -334,7 +351,9 @@ Status VulkanBackend::begin_pass(std::span<const Row> rows, std::span<const floa
     chunks = std::min(chunks, scratch_.chunks);
   }
   commands_->begin({.rows = active_rows_, .wanted_rows = wanted, .chunks = chunks});
-  return commands_->add({.kind = CommandKind::begin_pass, .rows = active_rows_, .op = {}});
+  clock_.begin();
+  awaits_ = false;
+  return commands_->add({.kind = CommandKind::begin_pass, .rows = active_rows_, .query = clock_.add(false), .op = {}});
 }
 
 Status VulkanBackend::run(const Op& op) {
@@ -342,7 +361,9 @@ Status VulkanBackend::run(const Op& op) {
   SLUICE_TRY(alive());
   if (op.kind == OpKind::select_rows) active_rows_ = commands_->kind().wanted_rows;
   if (active_rows_ == 0) return {};
-  return commands_->add({.kind = CommandKind::operation, .rows = active_rows_, .op = op});
+  const bool awaited = std::exchange(awaits_, false);
+  return commands_->add({.kind = CommandKind::operation, .rows = active_rows_, .query = clock_.add(awaited),
+                         .awaited = awaited, .op = op});
 }
 
 Status VulkanBackend::submit() {
@@ -387,8 +408,22 @@ Status VulkanBackend::finish_pass(std::span<float> logits) {
   SLUICE_TRY(commands_->flush());
   SLUICE_TRY(check(compute_->wait(compute_->submitted()), "computing a pass"));
   if (!logits.empty()) std::memcpy(logits.data(), readback_.mapped, logits.size_bytes());
+  SLUICE_TRY(read_clock());
   active_rows_ = 0;
   return alive();
+}
+
+// All is there, as the queue was waited for; a driver that says otherwise gets a pass without times, not a wait.
+Status VulkanBackend::read_clock() {
+  const std::span<uint64_t> ticks = clock_.ticks();
+  if (ticks.empty()) return {};
+  const auto count = static_cast<uint32_t>(ticks.size());
+  const VkResult code = device_->vk.vkGetQueryPoolResults(device_->handle(), queries_, 0, count, ticks.size_bytes(),
+                                                          ticks.data(), sizeof(uint64_t), VK_QUERY_RESULT_64_BIT);
+  if (code == VK_NOT_READY) return {};
+  SLUICE_TRY(check(code, "reading the times of a pass"));
+  clock_.read();
+  return {};
 }
 
 // ------------------------------------------------------------------------------------------------------ KV cache

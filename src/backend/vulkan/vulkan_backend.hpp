@@ -19,6 +19,7 @@
 #include "backend/vulkan/copy_queue.hpp"
 #include "backend/vulkan/device.hpp"
 #include "backend/vulkan/kernels.hpp"
+#include "backend/vulkan/pass_clock.hpp"
 #include "backend/vulkan/pass_commands.hpp"
 #include "backend/vulkan/queue.hpp"
 #include "backend/vulkan/scratch.hpp"
@@ -61,6 +62,7 @@ class VulkanBackend final : public Backend {
   Status submit() override;
   Status read_slot(Slot slot, std::span<float> out) override;
   Status finish_pass(std::span<float> logits) override;
+  std::span<const OpTime> op_times() const override { return clock_.times(); }
 
   uint64_t kv_bytes(uint32_t tokens) const override;
   Status copy_kv(uint32_t from_session, uint32_t to_session, uint32_t tokens) override;
@@ -96,6 +98,8 @@ class VulkanBackend final : public Backend {
   uint32_t width(Slot slot) const { return scratch_.widths[static_cast<size_t>(slot)]; }
   Status create_host_buffers();
   Status initialise_scratch();
+  Status create_clock();
+  Status read_clock();
   void write_angles(std::span<const Row> rows);
   // Records with `body`, submits, and waits for the end.
   template <class Body>
@@ -107,6 +111,7 @@ class VulkanBackend final : public Backend {
 
   // vulkan_ops.cpp: what a command records.
   Status record(const Command& command, VkCommandBuffer commands);
+  Status record_work(const Command& command, VkCommandBuffer commands);
   void begin(VkCommandBuffer commands, uint32_t rows) const;
   VkResult rms_norm(VkCommandBuffer commands, const Op& op, uint32_t rows) const;
   VkResult matmul(VkCommandBuffer commands, const Op& op, uint32_t rows) const;
@@ -141,12 +146,15 @@ class VulkanBackend final : public Backend {
   Buffer upload_;
   uint64_t upload_table_ = 0, upload_angles_ = 0;   // byte offsets
   Buffer readback_;                     // [max_logit_rows][vocab] logits; pieces of a KV cache
+  VkQueryPool queries_ = VK_NULL_HANDLE;   // of clock_; null: the queue has no clock
 
   // The pass in progress.
   uint32_t active_rows_ = 0;            // rows that operations run on: all, then those that want logits
   uint64_t copies_to_see_ = 0;          // number on the copy timeline that the next submission waits for
   std::atomic<uint64_t> copies_done_{0};   // ... that the host has waited for, and the compute queue has not yet
   uint64_t copies_seen_ = 0;
+  PassClock clock_;
+  bool awaits_ = false;                 // the next operation's weights
 };
 
 }  // namespace sluice::backend::vulkan

@@ -56,9 +56,21 @@ VkDeviceAddress VulkanBackend::vector(const Op& op, int index, uint32_t width) c
   return op.has_vector[index] ? at(op.vectors[index], uint64_t{width} * sizeof(float)) : 0;
 }
 
-// Every command needs what the one before it wrote.
+// Every command needs what the one before it wrote. The first one of a pass clears the queries of all.
 Status VulkanBackend::record(const Command& command, VkCommandBuffer commands) {
-  full_barrier(device_->vk, commands);
+  const Functions& vk = device_->vk;
+  const bool timed = command.query != PassClock::kNoQuery;
+  if (timed && command.kind == CommandKind::begin_pass) vk.vkCmdResetQueryPool(commands, queries_, 0, clock_.queries());
+  uint32_t query = command.query;
+  // The segment's begin: its submission waits for the event before any of its commands.
+  if (timed && command.awaited) vk.vkCmdWriteTimestamp(commands, VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, queries_, query++);
+  full_barrier(vk, commands);
+  SLUICE_TRY(record_work(command, commands));
+  if (timed) vk.vkCmdWriteTimestamp(commands, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, queries_, query);
+  return {};
+}
+
+Status VulkanBackend::record_work(const Command& command, VkCommandBuffer commands) {
   if (command.kind == CommandKind::begin_pass) {
     begin(commands, command.rows);
     return {};
