@@ -135,6 +135,10 @@ struct HostTime {
   uint64_t begin_ns = 0, end_ns = 0;
 };
 
+// Commands of a pass at most: a layer's 14 products, where its seven matrices are streamed and have residuals, and the 5
+// between them; 4 for the logits, its begin and end, and some to spare.
+inline constexpr uint32_t most_commands(uint32_t layers) { return 19 * layers + 16; }
+
 using EventId = uint32_t;
 
 // Calibration's linear algebra, where a device does it faster than the host: the second moments of what matrices read,

@@ -5,7 +5,6 @@
 // of them. Ticks become nanoseconds only when a trace is written or read, from pairs of both clocks taken far apart.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -13,13 +12,11 @@
 #include <x86intrin.h>
 #endif
 
+#include "base/steady_ns.hpp"
+
 namespace sluice::trace {
 
-// Nanoseconds of the steady clock.
-inline uint64_t steady_ns() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
-}
+using sluice::steady_ns;
 
 // The counter runs at one rate whatever the core's clock does, also while it sleeps (CPUID 8000_0007h, EDX bit 8; AMD
 // Architecture Programmer's Manual volume 3, Intel SDM volume 3 section 18.17.1).

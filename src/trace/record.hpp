@@ -78,15 +78,15 @@ enum class Counter : uint16_t {
   disk_write_ms = 12,
   stream_bytes = 13,     // read by this model for streaming
   resident_bytes = 14,   // of the process; falls as well
-  reclaimed_pages = 15,  // machine (vmstat pgsteal), at most 10 times a second
-  swapped_pages = 16,    // machine (vmstat pswpin), at most 10 times a second
+  reclaimed_pages = 15,  // machine (vmstat pgsteal), at most 5 times a second
+  swapped_pages = 16,    // machine (vmstat pswpin), at most 5 times a second
   context = 17,          // tokens of the sequence; a reading
   process_cpu_ns = 18,   // of all threads of the process
-  refaults = 19,         // machine (vmstat workingset_refault_file), at most 10 times a second
+  refaults = 19,         // machine (vmstat workingset_refault_file), at most 5 times a second
   thread_cpu_ns = 20,    // of the thread that decodes
-  busy_ms = 21,          // machine: all cores together, this process's share included (stat), at most 10 times a second
-  steal_ms = 22,         // machine: the hypervisor ran somebody else, at most 10 times a second
-  // Of the GPU (NVML), at most 10 times a second, and of the drive (NVMe SMART), once a second; readings but the last.
+  busy_ms = 21,          // machine: all cores together, this process's share included (stat), at most 5 times a second
+  steal_ms = 22,         // machine: the hypervisor ran somebody else, at most 5 times a second
+  // Of the GPU (NVML), at most 5 times a second, and of the drive (NVMe SMART), once a second; readings but the last.
   gpu_clock_mhz = 23,
   gpu_throttle = 24,     // bits: why the clock is low (device_evidence.hpp)
   gpu_celsius = 25,

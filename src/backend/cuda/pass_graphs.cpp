@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "base/steady_ns.hpp"
+
 namespace sluice::backend::cuda {
 
 namespace {
@@ -16,11 +18,6 @@ constexpr size_t kMostKinds = 32;
 constexpr uint32_t kMostGraphRows = 64;
 // Of the host in one pass, for graphs of the next kind.
 constexpr std::chrono::milliseconds kTimeAhead{1};
-
-uint64_t steady_ns() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
-}
 
 bool same(DeviceAddress a, DeviceAddress b) { return a.buffer == b.buffer && a.offset == b.offset; }
 

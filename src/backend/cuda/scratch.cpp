@@ -90,8 +90,7 @@ ScratchLayout::ScratchLayout(const Shape& shape) {
   angles = reserve(rows * (shape.rotary_dims / 2) * 2 * sizeof(float));
   inverse_frequencies = reserve(shape.rotary_dims / 2 * sizeof(float));
   block_table = reserve(shape.sessions * ceil_div(shape.context, kKvBlockTokens) * sizeof(uint32_t));
-  // Of a layer at most 12 operations, where all its matrices are streamed; and what a pass begins and ends with.
-  stamp_count = 16 * shape.layers + 16;
+  stamp_count = most_commands(shape.layers);
   stamps = reserve(stamp_count * sizeof(sluice::cuda::Stamp));
   swiglu_sync = reserve(sluice::cuda::swiglu_sync_bytes(shape.max_rows));
   attention_workspace_bytes =

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "base/steady_ns.hpp"
+
 namespace sluice::backend::vulkan {
 
 namespace {
@@ -43,6 +45,7 @@ void PassCommands::begin(const PassKind& kind) {
   pass_->last_used = ++clock_;
   segment_ = count_ = 0;
   as_expected_ = true;
+  recordings_.clear();
 }
 
 Status PassCommands::add(const Command& command) {
@@ -72,12 +75,15 @@ Status PassCommands::flush() {
 }
 
 Status PassCommands::record(Segment& segment) {
+  const uint64_t begin = steady_ns();
   if (segment.recorded == VK_NULL_HANDLE) {
     SLUICE_TRY(check_(queue_.allocate(segment.recorded), "allocating a command buffer"));
   }
   SLUICE_TRY(check_(queue_.begin(segment.recorded, false), "recording a pass"));
   for (const Command& command : segment.commands) SLUICE_TRY(record_(command, segment.recorded));
-  return check_(queue_.end(segment.recorded), "recording a pass");
+  SLUICE_TRY(check_(queue_.end(segment.recorded), "recording a pass"));
+  recordings_.push_back({.begin_ns = begin, .end_ns = steady_ns()});
+  return {};
 }
 
 }  // namespace sluice::backend::vulkan

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend/backend.hpp"
@@ -60,6 +61,8 @@ class PassCommands {
   Status add(const Command& command);
   // Submits what was added since the last flush.
   Status flush();
+  // When command buffers were recorded since begin().
+  std::span<const HostTime> recordings() const { return recordings_; }
 
  private:
   struct Segment {
@@ -85,6 +88,7 @@ class PassCommands {
   size_t segment_ = 0;                // the one that is being added to
   size_t count_ = 0;                  // commands added to it
   bool as_expected_ = true;           // ... which are those it had the last time
+  std::vector<HostTime> recordings_;
 };
 
 }  // namespace sluice::backend::vulkan

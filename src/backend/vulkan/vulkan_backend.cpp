@@ -22,9 +22,6 @@ namespace {
 constexpr uint64_t kPreferredCopyBytes = 4 * kMiB;
 // Room for what a driver takes after the device was opened: pipelines, command buffers.
 constexpr uint64_t kLaterGrowth = 64 * kMiB;
-// Commands that a pass can have: a layer's 14 products, where its seven matrices are streamed and have residuals, and
-// the 5 between them; 4 for the logits, the beginning, and some to spare.
-constexpr uint32_t kLayerCommands = 19, kOtherCommands = 16;
 // Pieces in which a KV cache is saved and loaded.
 constexpr uint64_t kPieceBytes = 4 * kMiB;
 
@@ -179,7 +176,7 @@ Status VulkanBackend::initialise_scratch() {
 
 Status VulkanBackend::create_clock() {
   const TickKind ticks{.valid_bits = device_->timestamp_bits(), .ns = double{device_->limits().timestampPeriod}};
-  clock_ = PassClock(ticks, kLayerCommands * shape_.layers + kOtherCommands);
+  clock_ = PassClock(ticks, most_commands(shape_.layers));
   if (clock_.queries() == 0) return {};
   const VkQueryPoolCreateInfo info{.sType = VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO,
                                    .queryType = VK_QUERY_TYPE_TIMESTAMP,

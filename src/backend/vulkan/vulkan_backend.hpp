@@ -63,6 +63,7 @@ class VulkanBackend final : public Backend {
   Status read_slot(Slot slot, std::span<float> out) override;
   Status finish_pass(std::span<float> logits) override;
   std::span<const OpTime> op_times() const override { return clock_.times(); }
+  std::span<const HostTime> recordings() const override { return commands_->recordings(); }
 
   uint64_t kv_bytes(uint32_t tokens) const override;
   Status copy_kv(uint32_t from_session, uint32_t to_session, uint32_t tokens) override;
