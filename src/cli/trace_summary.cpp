@@ -54,20 +54,21 @@ std::string parts_table(const json& report) {
   return text;
 }
 
-// "every 16.0 tokens", "every 250 ms", "every 64.0 MiB".
-std::string period_text(const json& train) {
+// A train's period or phase: "16.0 tokens", "250 ms", "64.0 MiB read".
+std::string on_its_clock(const json& train, const char* which) {
   const std::string clock = train["clock"];
-  const auto period = train["period"].get<double>();
-  if (clock == "token") return fmt::format("every {:.1f} tokens", period);
-  if (clock == "time") return "every " + seconds_text(period);
-  return "every " + bytes_text(static_cast<uint64_t>(period)) + " read";
+  const auto value = train[which].get<double>();
+  if (clock == "token") return fmt::format("{:.1f} tokens", value);
+  if (clock == "time") return seconds_text(value);
+  return bytes_text(static_cast<uint64_t>(value)) + " read";
 }
 
 std::string spikes_text(const json& report) {
   std::string text;
   for (const json& train : report["trains"]) {
-    text += fmt::format("\nspikes {}: {} of {:.0f} places, {} each, {:.1f}% of the time", period_text(train),
-                        train["tokens"].size(), train["places"].get<double>(), seconds_of(train["excess_each"]),
+    text += fmt::format("\nspikes every {} (phase {}): {} of {:.0f} places, {} each, {:.1f}% of the time",
+                        on_its_clock(train, "period"), on_its_clock(train, "phase"), train["tokens"].size(),
+                        train["places"].get<double>(), seconds_of(train["excess_each"]),
                         100 * train["share_of_time"].get<double>());
     text += fmt::format("\n  {} ({}): {}", train["cause"].get<std::string>(), train["grade"].get<std::string>(),
                         train["cause_text"].get<std::string>());
@@ -92,7 +93,24 @@ std::string spikes_text(const json& report) {
   if (const auto count = steps["count"].get<uint64_t>(); count > steps["largest"].size()) {
     text += fmt::format("\n... and {} smaller steps", count - steps["largest"].size());
   }
-  if (!report["injected"].empty()) text += "\nfaults were injected: " + report["injected"].dump();
+  if (const json& trend = report["trend"]; trend.is_object()) {
+    text += fmt::format("\ncontext growth: {} at {} tokens of context, {} at {}", seconds_of(trend["first"]),
+                        trend["context_first"].get<uint64_t>(), seconds_of(trend["last"]),
+                        trend["context_last"].get<uint64_t>());
+  }
+  for (const json& fault : report["injected"])
+    text += fmt::format("\nfault made on purpose: {}, {} times", fault["text"].get<std::string>(),
+                        fault["times"].get<uint64_t>());
+  return text;
+}
+
+std::string clock_text(const json& clock) {
+  const auto within = [&](const char* name) {
+    const auto ns = clock[name].get<uint64_t>();
+    return ns < 1000 ? fmt::format("{} ns", ns) : seconds_text(static_cast<double>(ns) * 1e-9);
+  };
+  std::string text = "the clocks are known to within " + within("host_error_ns");
+  if (!clock["device_error_ns"].is_null()) text += "; the GPU's clock is known to within " + within("device_error_ns");
   return text;
 }
 
@@ -115,6 +133,7 @@ std::string trace_summary(const json& report) {
   text += fmt::format("accounted for to 99%: {:.2f}% of the tokens (the worst one: {:.1f}% of its time)",
                       100 * accounting["tokens_at_99_percent"].get<double>(),
                       100 * accounting["worst_token"].get<double>());
+  text += fmt::format("\n{}", clock_text(report["clock"]));
   text += spikes_text(report);
   return text;
 }

@@ -12,6 +12,7 @@
 
 #include "base/units.hpp"
 #include "trace/export.hpp"
+#include "trace/report.hpp"
 
 namespace sluice::trace {
 namespace {
@@ -19,21 +20,22 @@ namespace {
 using nlohmann::json;
 
 // Room for labels at the size that a phone needs.
-constexpr double kWidth = 760, kLeft = 116, kRight = 16, kTop = 16, kBottom = 56;
+constexpr double kWidth = 760, kLeft = 116, kRight = 16, kTop = 16;
+constexpr double kLabelHeight = 26;  // of a label's line on a phone
 constexpr double kPlotWidth = kWidth - kLeft - kRight;
 constexpr size_t kColumns = 300;     // of a figure over all tokens: more than a phone has pixels for
 
 constexpr const char* kStyle = R"(
 :root{--bg:#fff;--fg:#1b1f24;--dim:#667;--line:#d5d9df;--ink:#2563a8;--spike:#c2410c;
 --s0:#b4452c;--s1:#d9903d;--s2:#8f6bb3;--s3:#2f6f9f;--s4:#3f9b8f;--s5:#7a9b3f;--s6:#a3a9b3;--s7:#5b6270}
-@media (prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e4e7eb;--dim:#9aa3ad;--line:#363c44;--ink:#6aa8e8;
---spike:#fb8b4b;
+@media screen and (prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e4e7eb;--dim:#9aa3ad;--line:#363c44;
+--ink:#6aa8e8;--spike:#fb8b4b;
 --s0:#e0694d;--s1:#e3a75d;--s2:#b494d6;--s3:#5f9fd0;--s4:#62bdb0;--s5:#a3c465;--s6:#767d87;--s7:#aab1bb}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:60rem;background:var(--bg);color:var(--fg);
 font:16px/1.45 system-ui,sans-serif}
 h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.1rem;margin:1.6rem 0 .3rem}
-p,li{margin:.3rem 0}.dim{color:var(--dim)}.warn{color:var(--spike)}
+p,li,ul{margin:.3rem 0}.dim{color:var(--dim)}.warn{color:var(--spike)}
 table{border-collapse:collapse;width:100%}
 td,th{padding:.15rem .5rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 td{overflow-wrap:anywhere}
@@ -43,9 +45,10 @@ svg{display:block;width:100%;height:auto}
 svg text{font-size:13px;fill:var(--dim)}
 .axis{stroke:var(--line)}.itl{fill:none;stroke:var(--ink)}.bar{fill:var(--ink)}.spike{fill:var(--spike)}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.3rem 0;list-style:none}
-.key span{display:inline-block;width:.8em;height:.8em;margin-right:.35em}
+.key span{display:inline-block;width:.8em;height:.8em;margin-right:.35em;
+-webkit-print-color-adjust:exact;print-color-adjust:exact}
 @media (max-width:40rem){svg text{font-size:22px}body{padding:.7rem}}
-@media print{:root{--bg:#fff;--fg:#000;--dim:#444;--line:#bbb}body{max-width:none}
+@media print{:root{color-scheme:light;--fg:#000;--dim:#444;--line:#bbb}body{max-width:none}
 h2{break-after:avoid}svg{break-inside:avoid}}
 )";
 
@@ -98,10 +101,12 @@ double nice_step(double range, int most) {
 // One figure: a frame with axes, and what is drawn into it.
 class Figure {
  public:
-  Figure(std::string label, double height) : height_(height) {
+  // `lines`: of labels below the frame.
+  Figure(std::string label, double height, int lines = 1) : height_(height), bottom_(lines * kLabelHeight + 4) {
     svg_ = fmt::format(R"(<svg viewBox="0 0 {} {}" role="img" aria-label="{}">)", kWidth, height, escaped(label));
   }
-  double height() const { return height_ - kTop - kBottom; }
+  double height() const { return height_ - kTop - bottom_; }
+  double below() const { return y(0) + 22; }   // the first line of labels
   double y(double share) const { return kTop + height() * (1 - share); }   // 0: bottom, 1: top
   static double x(double share) { return kLeft + kPlotWidth * share; }
 
@@ -116,31 +121,35 @@ class Figure {
     svg_ += "</rect>";
   }
   void y_axis(double top, bool seconds) {
-    const double step = nice_step(top, 4);
+    const double step = nice_step(top, 5);
     for (double value = 0; value <= top * 1.001; value += step) {
-      const double at = y(value / top);
-      svg_ += fmt::format(R"(<line class="axis" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>)", kLeft, kWidth - kRight, at,
-                          at);
-      text(kLeft - 6, at + 5, "end", seconds ? (value == 0 ? "0" : format_seconds(value)) : fmt::format("{:g}", value));
+      y_line(value / top, seconds ? (value == 0 ? "0" : format_seconds(value)) : fmt::format("{:g}", value));
     }
   }
+  void y_line(double share, std::string_view label) {
+    svg_ += fmt::format(R"(<line class="axis" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>)", kLeft, kWidth - kRight,
+                        y(share), y(share));
+    text(kLeft - 6, y(share) + 5, "end", label);
+  }
   void x_axis(double end, std::string_view unit) {
-    const double step = nice_step(end, 4);
-    // A number at the right edge would be cut off if it were centred.
-    for (double value = 0; value <= end * 1.001; value += step)
-      text(x(value / end), height_ - 34, value > 0.97 * end ? "end" : "middle", fmt::format("{:g}", value));
+    const double step = nice_step(end, 6);
+    // Numbers at the edges would be cut off or lie on the other axis's if they were centred.
+    for (double value = 0; value <= end * 1.001; value += step) {
+      const char* anchor = value == 0 ? "start" : value > 0.97 * end ? "end" : "middle";
+      text(x(value / end), below(), anchor, fmt::format("{:g}", value));
+    }
     text(kWidth - kRight, height_ - 8, "end", unit);
   }
   std::string take() { return std::move(svg_) + "</svg>"; }
 
  private:
-  double height_;
+  double height_, bottom_;
   std::string svg_;
 };
 
 class Page {
  public:
-  Page(const json& report, const Tokens& tokens) : report_(report) {
+  Page(const json& report, const Tokens& tokens) : report_(report), clocks_(clocks_of(tokens)) {
     for (const Token& token : tokens.all) {
       if (token.decoded) decoded_.push_back(&token);
     }
@@ -169,14 +178,19 @@ class Page {
   void header() {
     const json& run = report_["run"];
     const json model = run.is_object() ? run.value("model", json::object()) : json::object();
-    html_ += fmt::format("<h1>{}</h1>", escaped(model.is_object() ? model.value("name", "Trace") : "Trace"));
+    const bool named = model.is_object() && model.contains("name") && model["name"].is_string();
+    html_ += fmt::format("<h1>{}</h1>", escaped(named ? model["name"].get<std::string>() : "Trace"));
     html_ += fmt::format("<p class=\"dim\">{} tokens, {} of them decoded in {}; {} records, {} dropped{}</p>",
                          report_["tokens"].get<uint64_t>(), decoded_.size(), seconds_of(report_["decode_seconds"]),
                          report_["records"].get<uint64_t>(), report_["dropped"].get<uint64_t>(),
                          report_["complete"].get<bool>() ? "" : "; the run ended before its trace was finished");
-    if (!report_["injected"].empty())
-      html_ +=
-          fmt::format("<p class=\"warn\">Faults were injected on purpose: {}</p>", escaped(report_["injected"].dump()));
+    if (const json& injected = report_["injected"]; !injected.empty()) {
+      html_ += "<p class=\"warn\">Faults were injected on purpose:</p><ul class=\"warn\">";
+      for (const json& fault : injected)
+        html_ += fmt::format("<li>{}, {} times</li>", escaped(fault["text"].get<std::string>()),
+                             fault["times"].get<uint64_t>());
+      html_ += "</ul>";
+    }
     const json& itl = report_["itl"];
     html_ += "<h2>Time between tokens</h2><table><tr>";
     for (const char* name : {"p50", "p90", "p99", "p99.9", "max"})
@@ -184,8 +198,18 @@ class Page {
     html_ += "</tr><tr>";
     for (const char* name : {"p50", "p90", "p99", "p99.9", "max"})
       html_ += fmt::format("<td class=\"n\">{}</td>", seconds_of(itl[name]));
-    html_ += fmt::format("</tr></table><p class=\"dim\">Named parts explain at least 99% of {:.2f}% of the tokens.</p>",
-                         100 * report_["accounting"]["tokens_at_99_percent"].get<double>());
+    html_ += "</tr></table>";
+    html_ += fmt::format("<p class=\"dim\">Named parts explain at least 99% of {:.2f}% of the tokens. {}.</p>",
+                         100 * report_["accounting"]["tokens_at_99_percent"].get<double>(), clock_text());
+  }
+
+  std::string clock_text() const {
+    const json& clock = report_["clock"];
+    const auto within = [&](const char* name) { return format_seconds(clock[name].get<double>() * 1e-9); };
+    std::string text = "The clocks are known to within " + within("host_error_ns");
+    if (!clock["device_error_ns"].is_null())
+      text += "; the GPU's clock is known to within " + within("device_error_ns");
+    return text;
   }
 
   size_t columns() const { return std::min(kColumns, decoded_.size()); }
@@ -196,7 +220,7 @@ class Page {
 
   void itl_figure() {
     const double top = report_["itl"]["max"].get<double>() * 1.05;
-    Figure figure("Inter-token latency over tokens", 260);
+    Figure figure("Inter-token latency over tokens", 260, 2);
     figure.y_axis(top, true);
     figure.x_axis(static_cast<double>(decoded_.size()), "token");
     std::string path;
@@ -222,15 +246,7 @@ class Page {
 
   void findings() {
     html_ += "<h2>What stood out</h2>";
-    for (const json& train : report_["trains"]) {
-      std::string evidence = train["evidence"].get<std::string>();
-      if (train.contains("confirmation")) evidence += "; " + train["confirmation"]["text"].get<std::string>();
-      html_ += fmt::format(
-          "<p><b>Every {}</b>: {} spikes in {:.0f} places, {} each, {:.1f}% of the time. Cause: <b>{}</b> ({}). {}.</p>",
-          period_text(train), train["tokens"].size(), train["places"].get<double>(), seconds_of(train["excess_each"]),
-          100 * train["share_of_time"].get<double>(), escaped(train["cause_text"].get<std::string>()),
-          train["grade"].get<std::string>(), escaped(evidence));
-    }
+    for (const json& train : report_["trains"]) train_text(train);
     const json& loose = report_["loose_spikes"];
     std::string causes;
     for (const auto& [cause, count] : loose["causes"].items())
@@ -253,11 +269,31 @@ class Page {
     }
   }
 
-  static std::string period_text(const json& train) {
-    const auto period = train["period"].get<double>();
-    if (train["clock"] == "token") return fmt::format("{:.1f} tokens", period);
-    if (train["clock"] == "time") return format_seconds(period);
-    return format_bytes(static_cast<uint64_t>(period)) + " read";
+  void train_text(const json& train) {
+    const std::string cause = train["cause"], evidence = train["evidence"];
+    html_ += fmt::format(
+        "<p><b>Every {}</b> (phase {}): {} spikes in {:.0f} places, {} each, {:.1f}% of the time. Cause: "
+        "<b>{}</b> ({}): {}. {}",
+        on_its_clock(train, "period"), on_its_clock(train, "phase"), train["tokens"].size(),
+        train["places"].get<double>(), seconds_of(train["excess_each"]), 100 * train["share_of_time"].get<double>(),
+        escaped(cause), train["grade"].get<std::string>(), escaped(train["cause_text"].get<std::string>()),
+        escaped(train["meaning"].get<std::string>()));
+    if (!evidence.empty()) html_ += fmt::format(" Found: {}.", escaped(evidence));
+    if (train.contains("confirmation"))
+      html_ += fmt::format(" {}.", escaped(train["confirmation"]["text"].get<std::string>()));
+    std::string also;
+    for (const json& clock : train["also"]) also += (also.empty() ? "" : " and ") + clock.get<std::string>();
+    if (!also.empty())
+      html_ += fmt::format(" It keeps the {} clock; on {} it is as regular.", train["clock"].get<std::string>(), also);
+    html_ += "</p>";
+  }
+
+  // A train's period or phase.
+  static std::string on_its_clock(const json& train, const char* which) {
+    const auto value = train[which].get<double>();
+    if (train["clock"] == "token") return fmt::format("{:.1f} tokens", value);
+    if (train["clock"] == "time") return format_seconds(value);
+    return format_bytes(static_cast<uint64_t>(value)) + " read";
   }
 
   static double seconds_in(const Token& token, const Group& group) {
@@ -278,7 +314,7 @@ class Page {
       }
       top = std::max(top, sum * 1.05);
     }
-    Figure figure("Time of a token by stage", 260);
+    Figure figure("Time of a token by stage", 260, 2);
     figure.y_axis(top, true);
     figure.x_axis(static_cast<double>(decoded_.size()), "token");
     const double width = kPlotWidth / static_cast<double>(columns());
@@ -318,38 +354,42 @@ class Page {
       ++bars[std::min(kBars - 1, static_cast<size_t>(std::log(token->total() / low) / range * kBars))];
     }
     const double top = std::log1p(*std::max_element(bars.begin(), bars.end())) * 1.05;
-    Figure figure("Histogram of latencies, both axes logarithmic", 200);
+    Figure figure("Histogram of latencies, both axes logarithmic", 174);
+    // 0, then 1, 3, 10, 30 and so on where their labels have room.
+    figure.y_line(0, "0");
+    double last = 0;
+    for (int i = 0; i < 20; ++i) {
+      const double count = std::pow(10.0, i / 2) * (i % 2 == 0 ? 1 : 3), at = std::log1p(count) / top;
+      if (at > 1 || figure.height() * (at - last) < kLabelHeight) continue;
+      figure.y_line(at, fmt::format("{:g}", count));
+      last = at;
+    }
     for (size_t i = 0; i < kBars; ++i) {
       const double height = figure.height() * std::log1p(bars[i]) / top;
       figure.rectangle("class=\"bar\"", Figure::x(static_cast<double>(i) / kBars), figure.y(0) - height,
                        kPlotWidth / kBars - 1, height, fmt::format("{:.0f} tokens", bars[i]));
     }
     for (const double share : {0.0, 0.25, 0.5, 0.75, 1.0}) {
-      figure.text(Figure::x(share), 200 - 34,
+      figure.text(Figure::x(share), figure.below(),
                   share == 0   ? "start"
                   : share == 1 ? "end"
                                : "middle",
                   format_seconds(low * std::exp(range * share)));
     }
-    html_ += "<h2>How latencies are spread</h2>" + figure.take() + "<p class=\"dim\">Both axes are logarithmic.</p>";
+    html_ += "<h2>How latencies are spread</h2>" + figure.take() + 
+             "<p class=\"dim\">How many tokens took so long; both axes are logarithmic.</p>";
   }
 
   // Each train folded over its period on its clock: a train is a column of dots, drift a slope.
   void periods() {
     for (const json& train : report_["trains"]) {
+      const std::vector<double>& at = clocks_[clock_of(train)];
+      if (at.empty()) continue;
       const double period = train["period"].get<double>(), phase = train["phase"].get<double>();
-      Figure figure("Spikes folded over their period", 200);
+      Figure figure("Spikes folded over their period", 174);
       figure.add(fmt::format(R"(<rect class="axis" fill="none" x="{}" y="{}" width="{}" height="{}"/>)", kLeft, kTop,
                              kPlotWidth, figure.height()));
       const double cycles = std::max(1.0, train["places"].get<double>());
-      double read = 0;
-      std::vector<double> at;
-      for (size_t i = 0; i < decoded_.size(); ++i) {
-        at.push_back(train["clock"] == "token"  ? static_cast<double>(i)
-                     : train["clock"] == "time" ? decoded_[i]->begin
-                                                : read);
-        read += (*decoded_[i])[Counter::stream_bytes];
-      }
       for (const json& index : report_["spikes"]) {
         const double place = (at[index.get<size_t>()] - phase) / period + 0.5;
         const double row = std::floor(place) - std::floor((at.front() - phase) / period + 0.5);
@@ -357,13 +397,20 @@ class Page {
                                Figure::x(place - std::floor(place)),
                                figure.y(1 - std::clamp((row + 0.5) / (cycles + 1), 0.0, 1.0))));
       }
-      figure.text(Figure::x(0), 200 - 34, "start", "half a period before");
-      figure.text(Figure::x(1), 200 - 34, "end", "half after");
+      figure.text(Figure::x(0), figure.below(), "start", "half a period before");
+      figure.text(Figure::x(1), figure.below(), "end", "half after");
       html_ += fmt::format(
           "<h2>Spikes every {}</h2>{}<p class=\"dim\">One line a period, the {} clock from side to side: a column is a "
           "train, and what lies beside it came by itself.</p>",
-          period_text(train), figure.take(), train["clock"].get<std::string>());
+          on_its_clock(train, "period"), figure.take(), train["clock"].get<std::string>());
     }
+  }
+
+  static Clock clock_of(const json& train) {
+    for (const Clock clock : {Clock::time, Clock::bytes}) {
+      if (train["clock"] == name_of(clock)) return clock;
+    }
+    return Clock::token;
   }
 
   void tiers() {
@@ -382,7 +429,7 @@ class Page {
       top = std::max(top, sum);
     }
     if (!(top > 0)) return;
-    Figure figure("Tiers of each layer", 200);
+    Figure figure("Tiers of each layer", 174);
     const double width = kPlotWidth / static_cast<double>(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {
       double below = 0;
@@ -396,7 +443,7 @@ class Page {
         below += height;
       }
     }
-    figure.text(Figure::x(0), 200 - 34, "start",
+    figure.text(Figure::x(0), figure.below(), "start",
                 fmt::format("embedding, layers, head; the largest {}",
                             format_bytes(static_cast<uint64_t>(std::clamp(top, 0.0, 1e18)))));
     html_ += "<h2>Where the weights are</h2>" + figure.take() + "<ul class=\"key\">";
@@ -408,9 +455,18 @@ class Page {
   void configuration() {
     const json& run = report_["run"];
     if (!run.is_object()) return;
-    html_ += "<h2>The run</h2><div class=\"scroll\"><table>";
+    html_ += "<h2>The run</h2><table>";
     rows(run, "");
-    html_ += "</table></div>";
+    html_ += "</table>";
+    if (run.contains("rerun") && run["rerun"].is_object()) {
+      html_ += "<h2>What was asked for</h2><table>";
+      asked(run["rerun"]);
+      html_ += "</table>";
+    }
+  }
+
+  void row(std::string_view name, std::string_view text) {
+    html_ += fmt::format("<tr><td>{}</td><td>{}</td></tr>", escaped(name), escaped(text));
   }
 
   void rows(const json& object, const std::string& prefix) {
@@ -423,11 +479,65 @@ class Page {
       std::string text =
           value.is_string() ? value.get<std::string>() : value.dump(-1, ' ', false, json::error_handler_t::replace);
       if (prefix == "bytes " && value.is_number_unsigned()) text = format_bytes(value.get<uint64_t>());
-      html_ += fmt::format("<tr><td>{}</td><td>{}</td></tr>", escaped(prefix + name), escaped(text));
+      row(prefix + name, text);
     }
   }
 
+  // What the run can be made again with. A setting that is missing or of another type has no row.
+  void asked(const json& rerun) {
+    if (rerun.contains("prompt") && rerun["prompt"].is_array())
+      row("prompt", fmt::format("{} tokens", rerun["prompt"].size()));
+    const json generate = rerun.value("generate", json::object()), options = rerun.value("options", json::object());
+    const auto number = [&](const json& of, const char* key, const char* name, const char* unless_positive) {
+      if (!of.is_object() || !of.contains(key) || !of[key].is_number()) return;
+      const auto value = of[key].get<double>();
+      const bool said = unless_positive == nullptr || value > 0;
+      row(name, !said ? unless_positive : of[key].is_number_float() ? fmt::format("{:g}", value) : of[key].dump());
+    };
+    // Of sampling a negative number is the model's own setting, and 0 one like any other.
+    const auto sampling = [&](const char* key, const char* name) {
+      const bool given = generate.is_object() && generate.contains(key) && generate[key].is_number();
+      if (given && generate[key].get<double>() < 0) row(name, "the model's own");
+      else number(generate, key, name, nullptr);
+    };
+    number(generate, "max_tokens", "most tokens", nullptr);
+    sampling("temperature", "temperature");
+    sampling("top_k", "top k");
+    sampling("top_p", "top p");
+    sampling("min_p", "min p");
+    sampling("repeat_penalty", "repeat penalty");
+    number(generate, "seed", "seed", "1");
+    const auto flag = [&](const json& of, const char* key, const char* name, std::array<const char*, 2> words) {
+      if (!of.is_object() || !of.contains(key)) return;
+      const json& value = of[key];
+      if (value.is_boolean()) row(name, words[value.get<bool>() ? 1 : 0]);
+      else if (value.is_number_unsigned() && value.get<uint64_t>() < 2) row(name, words[value.get<uint64_t>()]);
+    };
+    flag(generate, "ignore_eos", "end of text", {"ends it", "is ignored"});
+    if (generate.is_object() && generate.contains("stop")) {
+      for (const json& text : generate["stop"])
+        row("stops at", text.is_string() ? text.get<std::string>() : text.dump());
+    }
+    const auto budget = [&](const char* key, const char* name, const char* otherwise) {
+      if (!options.is_object() || !options.contains(key)) return;
+      const json& value = options[key];
+      if (value.is_number_unsigned() && value.get<uint64_t>() > 0) row(name, format_bytes(value.get<uint64_t>()));
+      else row(name, otherwise);
+    };
+    budget("device_memory", "device memory", "what the model needs, as far as it is free");
+    budget("host_memory", "host memory", "none");
+    number(options, "context", "context", "the model's own, at most 4096");
+    number(options, "sessions", "sessions", nullptr);
+    number(options, "max_rows", "rows of a prefill pass", "the planner's choice");
+    number(options, "threads", "threads", "one per core");
+    flag(options, "precision", "precision", {"int4", "fine"});
+    flag(options, "cpu_activations", "CPU activations", {"int8", "f32"});
+    flag(options, "verify", "mapped weights", {"checked at opening", "not checked"});
+    for (const json& fault : report_["injected"]) row("fault", fault["text"].get<std::string>());
+  }
+
   const json& report_;
+  const Clocks clocks_;
   std::vector<const Token*> decoded_;
   std::string html_;
 };

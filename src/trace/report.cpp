@@ -6,13 +6,13 @@
 #include <map>
 #include <vector>
 
+#include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 #include "trace/causes.hpp"
 #include "trace/injection.hpp"
 #include "trace/spikes.hpp"
 #include "trace/statistics.hpp"
-#include "trace/trains.hpp"
 
 namespace sluice::trace {
 namespace {
@@ -26,32 +26,82 @@ constexpr size_t kMostSteps = 4;
 constexpr size_t kAftermath = 3;
 constexpr double kMuchLarger = 5, kMostFollow = 0.8;
 
+// What a cause is to somebody who meets its name for the first time.
+const char* meaning_of(Cause cause) {
+  switch (cause) {
+    case Cause::disk_tail:
+      return "The drive itself was late: its housekeeping, its heat, or a hypervisor that lets little through.";
+    case Cause::competing_reads:
+      return "Something else on this machine read from the drive that the weights come from.";
+    case Cause::page_faults:
+      return "The kernel had dropped mapped weights from memory, and the token waited until they were read again.";
+    case Cause::bus: return "Weights came late from host memory into the device's.";
+    case Cause::scheduling: return "The kernel gave the cores to other work, or a hypervisor took them away.";
+    case Cause::allocation:
+      return "Memory was touched for the first time, and the kernel had to find its pages and clear them.";
+    case Cause::compute: return "The operations took longer, and nothing that is recorded says why.";
+    case Cause::gpu_clock: return "The GPU ran slower, to stay within its limits of power or heat.";
+    case Cause::interference: return "The token waited for another session's pass, or a prompt was read first.";
+    case Cause::consumer: return "The time passed outside of Sluice, in the code that takes the tokens.";
+    case Cause::unknown:
+    case Cause::count: break;
+  }
+  return "No part of the time and no counter stands out enough to be called the reason.";
+}
+
+const char* name_of(InjectionClock clock) {
+  switch (clock) {
+    case InjectionClock::token: return "token";
+    case InjectionClock::time: return "time";
+    case InjectionClock::bytes: break;
+  }
+  return "bytes";
+}
+
+// "read every 16 tokens, 30 ms, jitter 3%".
+std::string text_of(const Injection& injection) {
+  const char* unit = injection.clock == InjectionClock::token  ? "tokens"
+                     : injection.clock == InjectionClock::time ? "ms"
+                                                               : "MiB read";
+  std::string text = fmt::format("{} every {:g} {}, {:g} ms", name_of(injection.fault), injection.period, unit,
+                                 injection.ms);
+  if (injection.jitter > 0) text += fmt::format(", jitter {:g}%", 100 * injection.jitter);
+  return text;
+}
+
+// The faults that a trace's note says were asked for.
+std::vector<Injection> injections_of(const json& run) {
+  std::vector<Injection> found;
+  const json::json_pointer path("/rerun/options/inject");
+  if (!run.is_object() || !run.contains(path) || !run[path].is_array()) return found;
+  for (const json& text : run[path]) {
+    if (!text.is_string()) continue;
+    if (const Result<Injection> injection = parse_injection(text.get<std::string>())) found.push_back(*injection);
+  }
+  return found;
+}
+
 class Reporter {
  public:
-  Reporter(const Trace& trace, const Tokens& tokens) : trace_(trace), tokens_(tokens) {
-    double read = 0;
+  Reporter(const Trace& trace, const Tokens& tokens)
+      : trace_(trace), tokens_(tokens), run_(json::parse(trace.note, nullptr, false)), clocks_(clocks_of(tokens)) {
     for (const Token& token : tokens.all) {
-      if (token.decoded) {
-        clocks_.at[0].push_back(static_cast<double>(decoded_.size()));
-        clocks_.at[1].push_back(token.begin);
-        clocks_.at[2].push_back(read);
-        decoded_.push_back(&token);
-        itl_.push_back(token.total());
-        seconds_ += token.total();
-      }
-      read += token[Counter::stream_bytes];
+      if (!token.decoded) continue;
+      decoded_.push_back(&token);
+      itl_.push_back(token.total());
+      seconds_ += token.total();
     }
-    if (read == 0) clocks_.at[2].clear();
     baseline_ = baseline_of(itl_);
     spikes_ = spikes_of(baseline_);
   }
 
   json report() const {
     json report = {{"file", trace_.path},
-                   {"run", json::parse(trace_.note, nullptr, false)},
+                   {"run", run_},
                    {"complete", trace_.complete},
                    {"records", trace_.records},
                    {"dropped", trace_.dropped},
+                   {"clock", clock()},
                    {"tokens", tokens_.all.size()},
                    {"decoded_tokens", decoded_.size()},
                    {"decode_seconds", seconds_},
@@ -120,15 +170,41 @@ class Reporter {
     return {{"count", found.size()}, {"largest", largest}};
   }
 
+  // How far ticks and nanoseconds may be apart, and where operations have a device's clock, that one and the host's.
+  json clock() const {
+    constexpr auto kDeviceError = static_cast<uint16_t>(Counter::device_clock_error_ns);
+    json device = nullptr;
+    for (const TraceTrack& track : trace_.tracks) {
+      for (const Record& record : track.records) {
+        if (record.kind != Kind::counter || record.layer != kDeviceError) continue;
+        device = device.is_null() ? record.value : std::max(device.get<uint64_t>(), record.value);
+      }
+    }
+    return {{"host_error_ns", trace_.clock_error_ns}, {"device_error_ns", device}};
+  }
+
+  // Each fault that was made on purpose, with what the note says of it and how many times it came.
   json injected() const {
-    std::map<std::string, uint64_t> counts;
+    std::map<std::pair<uint16_t, uint64_t>, uint64_t> marks;   // by fault and nanoseconds
     for (const TraceTrack& track : trace_.tracks) {
       for (const Record& record : track.records) {
         if (record.kind != Kind::injected || record.layer >= static_cast<uint16_t>(Fault::count)) continue;
-        ++counts[name_of(static_cast<Fault>(record.layer))];
+        ++marks[{record.layer, record.value}];
       }
     }
-    return counts;
+    json faults = json::array();
+    for (const Injection& injection : injections_of(run_)) {
+      const auto mark =
+          marks.extract({static_cast<uint16_t>(injection.fault), static_cast<uint64_t>(injection.ms * 1e6)});
+      faults.push_back({{"fault", name_of(injection.fault)}, {"period", injection.period}, {"ms", injection.ms},
+                        {"jitter", injection.jitter}, {"clock", name_of(injection.clock)},
+                        {"times", mark ? mark.mapped() : 0}, {"text", text_of(injection)}});
+    }
+    for (const auto& [fault, times] : marks) {
+      const char* name = name_of(static_cast<Fault>(fault.first));
+      faults.push_back({{"fault", name}, {"times", times}, {"text", name}});
+    }
+    return faults;
   }
 
   double share(double seconds) const { return seconds_ > 0 ? seconds / seconds_ : 0; }
@@ -201,20 +277,38 @@ class Reporter {
             {"share_of_time", share(finding.excess_seconds)},
             {"excess_parts", parts},
             {"cause", name_of(finding.cause)}, {"cause_text", text_of(finding.cause)},
+            {"meaning", meaning_of(finding.cause)},
             {"grade", name_of(finding.grade)}, {"evidence", finding.evidence}};
   }
 
   const Trace& trace_;
   const Tokens& tokens_;
+  const json run_;
+  const Clocks clocks_;
   std::vector<const Token*> decoded_;
   std::vector<double> itl_;
   double seconds_ = 0;
-  Clocks clocks_;
   Baseline baseline_;
   std::vector<size_t> spikes_;
 };
 
 }  // namespace
+
+Clocks clocks_of(const Tokens& tokens) {
+  Clocks clocks;
+  auto& [token_clock, time_clock, byte_clock] = clocks.at;
+  double read = 0;
+  for (const Token& token : tokens.all) {
+    if (token.decoded) {
+      token_clock.push_back(static_cast<double>(token_clock.size()));
+      time_clock.push_back(token.begin);
+      byte_clock.push_back(read);
+    }
+    read += token[Counter::stream_bytes];
+  }
+  if (read == 0) byte_clock.clear();
+  return clocks;
+}
 
 nlohmann::json report_of(const Trace& trace, const Tokens& tokens) { return Reporter(trace, tokens).report(); }
 

@@ -203,6 +203,7 @@ class Parser {
     if (trace_.complete && at != bytes_.size()) return damaged(at, "bytes behind the end");
     for (const TraceTrack& track : trace_.tracks) trace_.dropped += track.dropped;
     trace_.scale = TickScale(trace_.started, later_);
+    trace_.clock_error_ns = std::max(trace_.started.error_ns, later_.error_ns);
     return std::move(trace_);
   }
 

@@ -74,6 +74,7 @@ struct Trace {
   std::vector<TraceTrack> tracks;
   TickScale scale;
   ClockPair started;
+  uint64_t clock_error_ns = 0;   // of its two readings of both clocks the larger error
   uint64_t started_unix_ns = 0;
   uint64_t records = 0, dropped = 0;
   bool complete = false;         // false: the run ended before the file was finished
