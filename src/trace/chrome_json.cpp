@@ -1,14 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Trace Event Format: docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
-#include <fcntl.h>
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstring>
+#include <cmath>
 
 #include <fmt/format.h>
 
-#include "base/handles.hpp"
 #include "trace/export.hpp"
 
 namespace sluice::trace {
@@ -16,18 +11,10 @@ namespace {
 
 constexpr size_t kPiece = 1 << 16;
 
-std::string event_of(const Trace& trace, const Record& record, size_t track) {
-  const double at = trace.seconds(record.begin) * 1e6;
-  if (record.kind == Kind::counter) {
-    return fmt::format(R"({{"ph":"C","pid":1,"tid":{},"ts":{:.3f},"name":"{}","args":{{"value":{}}}}})", track, at,
-                       name_of(static_cast<Counter>(record.layer)), record.value);
-  }
-  std::string args;
-  if (record.layer != Record::kNoLayer) args += fmt::format(R"("layer":{},)", record.layer);
-  if (record.bytes != 0) args += fmt::format(R"("bytes":{},)", record.bytes);
-  args += fmt::format(R"("value":{})", record.value);
-  return fmt::format(R"({{"ph":"X","pid":1,"tid":{},"ts":{:.3f},"dur":{:.3f},"name":"{}","args":{{{}}}}})", track, at,
-                     (trace.seconds(record.end) - trace.seconds(record.begin)) * 1e6, name_of(record.kind), args);
+// Whole nanoseconds, in which what nests in ticks nests: a begin and a length that are rounded by themselves add up to
+// an end that may lie behind that of the span around it.
+double microseconds(const Trace& trace, uint64_t at_ticks) {
+  return std::floor(trace.scale.steady_ns(at_ticks) - static_cast<double>(trace.started.steady_ns)) * 1e-3;
 }
 
 // Names come from files: as JSON text.
@@ -38,6 +25,28 @@ std::string quoted(const std::string& text) {
     if (static_cast<unsigned char>(c) >= 0x20 && static_cast<unsigned char>(c) < 0x7f) out += c;
   }
   return out + "\"";
+}
+
+std::string named(size_t thread, const std::string& name) {
+  return fmt::format(R"({{"ph":"M","pid":1,"tid":{0},"name":"thread_name","args":{{"name":{1}}}}},
+{{"ph":"M","pid":1,"tid":{0},"name":"thread_sort_index","args":{{"sort_index":{0}}}}})", thread, quoted(name));
+}
+
+std::string span(const Trace& trace, const Record& record, size_t thread) {
+  std::string args;
+  if (has_layer(record)) args += fmt::format(R"("layer":{},)", record.layer);
+  if (record.bytes != 0) args += fmt::format(R"("bytes":{},)", record.bytes);
+  args += fmt::format(R"("value":{})", record.value);
+  const double begin = microseconds(trace, record.begin), end = microseconds(trace, record.end);
+  return fmt::format(R"({{"ph":"X","pid":1,"tid":{},"ts":{:.3f},"dur":{:.3f},"name":"{}","args":{{{}}}}})", thread,
+                     begin, end - begin, slice_name(record), args);
+}
+
+// Counters belong to the process there; the id tells those of two sessions apart.
+std::string reading(const Trace& trace, const Record& record, size_t thread, const std::string& track) {
+  return fmt::format(R"({{"ph":"C","pid":1,"tid":{},"ts":{:.3f},"name":"{}","id":{},"args":{{"value":{}}}}})", thread,
+                     microseconds(trace, record.begin), name_of(static_cast<Counter>(record.layer)), quoted(track),
+                     record.value);
 }
 
 }  // namespace
@@ -54,32 +63,19 @@ Status write_chrome_json(const Trace& trace, const Sink& sink) {
     text.clear();
     return {};
   };
-  for (size_t i = 0; i < trace.tracks.size(); ++i) {
-    SLUICE_TRY(add(fmt::format(R"({{"ph":"M","pid":1,"tid":{},"name":"thread_name","args":{{"name":{}}}}})", i,
-                               quoted(trace.tracks[i].name))));
-    for (const Record& record : trace.tracks[i].records) SLUICE_TRY(add(event_of(trace, record, i)));
+  size_t thread = 0;
+  for (const TraceTrack& track : trace.tracks) {
+    for (const Record& record : track.records) {
+      if (record.kind == Kind::counter) SLUICE_TRY(add(reading(trace, record, thread, track.name)));
+    }
+    for (const Lane& lane : lanes_of(track)) {
+      SLUICE_TRY(add(named(thread, lane.name)));
+      for (const Record* record : lane.spans) SLUICE_TRY(add(span(trace, *record, thread)));
+      ++thread;
+    }
   }
   text += "]}\n";
   return sink(text);
-}
-
-Status write_to_file(const std::string& path, const std::function<Status(const Sink&)>& write) {
-  const auto failure = [&]() {
-    const int code = errno;
-    return fail(code == ENOENT ? ErrorCode::not_found : ErrorCode::io,
-                fmt::format("{}: cannot write: {}", path, std::strerror(code)), code);
-  };
-  const UniqueFd fd(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-  if (!fd) return failure();
-  return write([&](std::string_view text) -> Status {
-    while (!text.empty()) {
-      const ssize_t written = ::write(fd.get(), text.data(), text.size());
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) return failure();
-      text.remove_prefix(static_cast<size_t>(written));
-    }
-    return {};
-  });
 }
 
 }  // namespace sluice::trace

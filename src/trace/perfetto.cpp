@@ -3,13 +3,15 @@
 // Perfetto.
 //
 //   Trace            1: TracePacket, again and again
-//   TracePacket      8: timestamp (ns), 10: trusted_packet_sequence_id, 11: TrackEvent, 13: sequence_flags, 60:
-//   TrackDescriptor TrackDescriptor  1: uuid, 2: name, 3: ProcessDescriptor, 4: ThreadDescriptor, 5: parent_uuid, 8:
-//   CounterDescriptor TrackEvent       9: type (1 slice begins, 2 ends, 4 counter), 11: track_uuid, 22: categories, 23:
-//   name, 4: DebugAnnotation,
-//                    30: counter_value
-//   DebugAnnotation  10: name, 3: uint_value
+//   TracePacket      8: timestamp (ns), 10: trusted_packet_sequence_id, 11: TrackEvent, 13: sequence_flags,
+//                    60: TrackDescriptor
+//   TrackDescriptor  1: uuid, 2: name, 3: ProcessDescriptor, 5: parent_uuid, 8: CounterDescriptor,
+//                    11: child_ordering (3: by rank), 12: sibling_order_rank
+//   TrackEvent       4: DebugAnnotation, 9: type (1 slice begins, 2 ends, 4 counter), 11: track_uuid, 22: categories,
+//                    23: name, 30: counter_value
+//   DebugAnnotation  3: uint_value, 10: name
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "trace/export.hpp"
@@ -19,7 +21,7 @@ namespace {
 
 constexpr size_t kPiece = 1 << 16;
 constexpr uint64_t kProcess = 1;                 // uuid of the process's track
-constexpr uint64_t kFirstTrack = 100, kFirstCounter = 100000;
+constexpr uint64_t kOrderedByRank = 3;
 constexpr uint64_t kSequence = 1;
 constexpr uint64_t kSliceBegin = 1, kSliceEnd = 2, kCounter = 4;
 
@@ -52,9 +54,8 @@ class Writer {
 
   Status write() {
     SLUICE_TRY(describe_process());
-    for (size_t i = 0; i < trace_.tracks.size(); ++i) SLUICE_TRY(track(i));
-    Status last = sink_(text_);
-    return last;
+    for (const TraceTrack& of : trace_.tracks) SLUICE_TRY(track(of));
+    return sink_(text_);
   }
 
  private:
@@ -75,54 +76,52 @@ class Writer {
     process.text(6, "sluice");
     descriptor.number(1, kProcess);
     descriptor.message(3, process);
+    descriptor.number(11, kOrderedByRank);
     packet_.message(60, descriptor);
     packet_.number(13, 1);           // SEQ_INCREMENTAL_STATE_CLEARED
     return packet(packet_);
   }
 
-  Status describe_track(uint64_t uuid, std::string_view name, bool counter) {
+  // Gives the new track's uuid; tracks are shown in the order of these.
+  Status describe_track(uint64_t& uuid, uint64_t parent, std::string_view name, bool counter) {
+    uuid = ++last_uuid_;
     Message descriptor, packet_;
     descriptor.number(1, uuid);
     descriptor.text(2, name);
-    descriptor.number(5, kProcess);
+    descriptor.number(5, parent);
     if (counter) descriptor.message(8, Message());
+    descriptor.number(12, uuid);
     packet_.message(60, descriptor);
     return packet(packet_);
   }
 
   uint64_t nanoseconds(uint64_t at_ticks) const {
-    return static_cast<uint64_t>(std::max(0.0, trace_.scale.steady_ns(at_ticks)));
+    return static_cast<uint64_t>(std::clamp(trace_.scale.steady_ns(at_ticks), 0.0, 9e18));
   }
 
-  // Slices of a track nest: of those that begin together the longer one is outside. Begins and ends go out in the order
-  // of time, as a stack has them.
-  Status track(size_t index) {
-    const TraceTrack& track = trace_.tracks[index];
-    const uint64_t uuid = kFirstTrack + index;
-    SLUICE_TRY(describe_track(uuid, track.name, false));
-    std::vector<const Record*> slices;
-    std::vector<bool> described(static_cast<size_t>(Counter::count));
+  // Counters lie below the track that has them: side by side, those of two sessions would be taken for one.
+  Status track(const TraceTrack& track) {
+    const std::vector<Lane> lanes = lanes_of(track);
+    std::vector<uint64_t> uuids(lanes.size());
+    for (size_t i = 0; i < lanes.size(); ++i) SLUICE_TRY(describe_track(uuids[i], kProcess, lanes[i].name, false));
+    std::array<uint64_t, static_cast<size_t>(Counter::count)> counters{};
     for (const Record& record : track.records) {
-      if (record.kind != Kind::counter) {
-        slices.push_back(&record);
-      } else if (record.layer < static_cast<uint16_t>(Counter::count)) {
-        const uint64_t counter_uuid = kFirstCounter + index * 256 + record.layer;
-        if (!described[record.layer])
-          SLUICE_TRY(describe_track(counter_uuid, name_of(static_cast<Counter>(record.layer)), true));
-        described[record.layer] = true;
-        SLUICE_TRY(reading(counter_uuid, record));
-      }
+      if (record.kind != Kind::counter || record.layer >= counters.size()) continue;
+      uint64_t& uuid = counters[record.layer];
+      if (uuid == 0) SLUICE_TRY(describe_track(uuid, uuids[0], name_of(static_cast<Counter>(record.layer)), true));
+      SLUICE_TRY(reading(uuid, record));
     }
-    std::stable_sort(slices.begin(), slices.end(), [](const Record* a, const Record* b) {
-      return a->begin != b->begin ? a->begin < b->begin : a->end > b->end;
-    });
+    for (size_t i = 0; i < lanes.size(); ++i) SLUICE_TRY(slices(uuids[i], lanes[i]));
+    return {};
+  }
+
+  // Begins and ends in the order of time, as a stack has them.
+  Status slices(uint64_t uuid, const Lane& lane) {
     std::vector<const Record*> open;
-    for (const Record* slice : slices) {
-      while (!open.empty() && open.back()->end <= slice->begin) SLUICE_TRY(close(uuid, open));
-      // Spans that overlap without nesting (reads in flight) end together with the one around them at the latest.
-      SLUICE_TRY(begin(uuid, *slice));
-      open.push_back(slice);
-      std::stable_sort(open.begin(), open.end(), [](const Record* a, const Record* b) { return a->end > b->end; });
+    for (const Record* span : lane.spans) {
+      while (!open.empty() && open.back()->end <= span->begin) SLUICE_TRY(close(uuid, open));
+      SLUICE_TRY(begin(uuid, *span));
+      open.push_back(span);
     }
     while (!open.empty()) SLUICE_TRY(close(uuid, open));
     return {};
@@ -133,8 +132,8 @@ class Writer {
     event.number(9, kSliceBegin);
     event.number(11, uuid);
     event.text(22, "sluice");
-    event.text(23, name_of(record.kind));
-    if (record.layer != Record::kNoLayer) annotate(event, "layer", record.layer);
+    event.text(23, slice_name(record));
+    if (has_layer(record)) annotate(event, "layer", record.layer);
     if (record.bytes != 0) annotate(event, "bytes", record.bytes);
     if (record.value != 0) annotate(event, "value", record.value);
     packet_.number(8, nanoseconds(record.begin));
@@ -172,6 +171,7 @@ class Writer {
   const Trace& trace_;
   const Sink& sink_;
   std::string text_;
+  uint64_t last_uuid_ = kProcess;
 };
 
 }  // namespace

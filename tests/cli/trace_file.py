@@ -1,24 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trace files, read as docs/tracing.md and trace_file.hpp describe them. Standard library only."""
+"""Trace files, read and written as docs/tracing.md and trace_file.hpp describe them. Standard library and libxxhash."""
 import collections
+import ctypes
 import struct
 
 KINDS = ["none", "token", "run_model", "sampling", "detokenize", "callback", "evidence", "pass", "embed", "norm",
          "matmul", "rope", "attention", "activation", "lm_head", "disk_wait", "copy_wait", "layer", "finish",
          "disk_read", "bus_copy", "check", "stage_wait", "ring_wait", "counter", "injected", "turn_wait",
          "session", "collect", "slot_wait", "prepare"]
+NO_LAYER = 0xFFFF
+
+Record = collections.namedtuple("Record", "kind begin end layer bytes value", defaults=(NO_LAYER, 0, 0))
+
+
+def chunks_of(data):
+    """(tag, payload) of each chunk."""
+    at = 64
+    while at < len(data):
+        tag, size = struct.unpack_from("<4sI", data, at)
+        yield tag, data[at + 16:at + 16 + size]
+        at += 16 + size
+
+
+class TraceFile:
+    """A whole file: `tracks` are (name, records) in the order of their numbers."""
+
+    def __init__(self, path):
+        with open(path, "rb") as file:
+            data = file.read()
+        self.first = struct.unpack_from("<2Q", data, 16)   # ticks, steady ns
+        later = self.first
+        self.tracks = []
+        for tag, payload in chunks_of(data):
+            if tag == b"TRAK":
+                size = struct.unpack_from("<I", payload, 4)[0]
+                self.tracks.append((payload[8:8 + size].decode(), []))
+            elif tag == b"CLKS":
+                later = struct.unpack_from("<2Q", payload)
+            elif tag == b"RECS":
+                records = self.tracks[struct.unpack_from("<I", payload)[0]][1]
+                for begin, end, value, size, layer, kind in struct.iter_unpack("<QQQIHH", payload[16:]):
+                    records.append(Record(KINDS[kind], begin, end, layer, size, value))
+        ticks, ns = later[0] - self.first[0], later[1] - self.first[1]
+        self.ns_per_tick = ns / ticks if ticks > 0 and ns > 0 else 1.0
+
+    def steady_ns(self, ticks):
+        """The same doubles as TickScale::steady_ns."""
+        return float(self.first[1]) + float(ticks - self.first[0]) * self.ns_per_tick
 
 
 def records_of(path):
     """Records of a trace file by kind."""
-    counts = collections.Counter()
-    with open(path, "rb") as file:
-        data = file.read()
-    at = 64
-    while at < len(data):
-        tag, size = struct.unpack_from("<4sI", data, at)
-        if tag == b"RECS":
-            for record in range(at + 16 + 16, at + 16 + size, 32):
-                counts[KINDS[struct.unpack_from("<H", data, record + 30)[0]]] += 1
-        at += 16 + size
-    return counts
+    return collections.Counter(record.kind for _, records in TraceFile(path).tracks for record in records)
+
+
+def write_trace(path, tracks, note=b"{}", clock_errors=(50, 70)):
+    """A file of these (name, records), finished; ticks are nanoseconds in it and begin at 1,000. `clock_errors`: of its
+    first and its last reading of the clocks."""
+    xxhash = ctypes.CDLL("libxxhash.so.0")
+    xxhash.XXH3_64bits_withSeed.restype = ctypes.c_uint64
+    xxhash.XXH3_64bits_withSeed.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64]
+
+    def chunk(tag, payload):
+        payload += (b" " if tag == b"NOTE" else b"\0") * (-len(payload) % 8)
+        head = struct.pack("<4sI", tag, len(payload))
+        seed = struct.unpack("<Q", head)[0]
+        return head + struct.pack("<Q", xxhash.XXH3_64bits_withSeed(payload, len(payload), seed)) + payload
+
+    start = 10**12
+    header = struct.pack("<8sIIQQQQQ", b"SLTRACE\n", 1, 64, 1000, start, 0, clock_errors[0], 0)
+    data = header + struct.pack("<Q", xxhash.XXH3_64bits_withSeed(header, len(header), 0)) + chunk(b"NOTE", note)
+    for number, (name, records) in enumerate(tracks):
+        data += chunk(b"TRAK", struct.pack("<II", number, len(name)) + name.encode())
+        packed = b"".join(struct.pack("<QQQIHH", r.begin, r.end, r.value, r.bytes, r.layer, KINDS.index(r.kind))
+                          for r in records)
+        data += chunk(b"RECS", struct.pack("<IIQ", number, len(records), 0) + packed)
+    data += chunk(b"CLKS", struct.pack("<QQQ", 1000 + 10**9, start + 10**9, clock_errors[1]))
+    data += chunk(b"ENDS", struct.pack("<QQ", sum(len(records) for _, records in tracks), 0))
+    with open(path, "wb") as file:
+        file.write(data)

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.hpp"
+#include "trace/export.hpp"
 #include "trace/report.hpp"
 #include "trace_maker.hpp"
 
@@ -29,10 +30,17 @@ bool parse_bytes(std::span<const uint8_t> bytes) {
     for (const trace::Record& record : track.records) SLUICE_CHECK(record.begin <= record.end);
   }
   SLUICE_CHECK(records == trace->records);
-  const auto tokens = trace::tokens_of(*trace);
-  if (tokens)
-    SLUICE_CHECK(
-        !trace::report_of(*trace, *tokens).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).empty());
+  uint64_t written = 0;
+  const trace::Sink count = [&](std::string_view text) -> Status {
+    written += text.size();
+    return {};
+  };
+  SLUICE_CHECK(trace::write_perfetto(*trace, count) && trace::write_chrome_json(*trace, count) && written > 0);
+  if (const auto tokens = trace::tokens_of(*trace)) {
+    const nlohmann::json report = trace::report_of(*trace, *tokens);
+    SLUICE_CHECK(!report.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).empty());
+    SLUICE_CHECK(!trace::html_report(report, *tokens).empty());
+  }
   return true;
 }
 
