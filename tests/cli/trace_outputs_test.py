@@ -7,6 +7,7 @@ import math
 import os
 import unittest
 
+import browser
 import sluice_process as sp
 from sluice_process import CliTest
 from trace_file import NO_LAYER, Record, TraceFile, write_trace
@@ -331,6 +332,69 @@ class Report(CliTest):
             self.refuses(sp.NOT_FOUND, "no-folder", "trace", recorded_trace(), option, nowhere)
             self.refuses(sp.IO, "/dev/full", "trace", recorded_trace(), option, "/dev/full")
         self.refuses(sp.USAGE, ["moonlight", "evict"], "run", sp.talking(), "-p", "x", "--inject", "moonlight:period=3")
+
+
+@unittest.skipIf(browser.path() is None, "no browser; tools/install-packages installs one")
+class Shown(CliTest):
+    """The page in a browser. SLUICE_SCREENSHOTS: a folder to leave the pictures in."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.page = os.path.join(sp.SCRATCH, "shown.html")
+        done = sp.sluice("trace", recorded_trace(), "--html", cls.page)
+        assert done.returncode == 0, done.stderr
+        cls.browser = browser.Browser(os.path.join(sp.SCRATCH, "browser"))
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.browser.close()
+
+    def test_phone_and_desktop_light_and_dark(self):
+        for width in (390, 1280):
+            for dark in (False, True):
+                with self.subTest(width=width, dark=dark):
+                    self.browser.show("file://" + self.page, width, dark)
+                    self.assertEqual(self.browser.console, [])
+                    self.assertEqual(self.browser.value("innerWidth"), width)
+                    self.assertLessEqual(self.browser.value("document.documentElement.scrollWidth"), width)
+                    shot = self.browser.screenshot()
+                    folder = os.environ.get("SLUICE_SCREENSHOTS")
+                    if folder:
+                        with open(f"{folder}/{width}-{'dark' if dark else 'light'}.png", "wb") as file:
+                            file.write(shot)
+                    shown_width, height = browser.png_size(shot)
+                    self.assertEqual(shown_width, width)
+                    self.assertGreater(height, 1500)
+                    background = browser.png_first_pixel(shot)
+                    self.assertTrue(max(background) < 64 if dark else min(background) > 224, background)
+
+    def test_no_label_is_cut_off_or_lies_on_another(self):
+        # Boxes of the labels of each figure, with its own box first.
+        boxes = """[...document.querySelectorAll('svg')].map(svg => [svg, ...svg.querySelectorAll('text')].map(
+                   of => { const r = of.getBoundingClientRect();
+                           return [r.left, r.top, r.right, r.bottom, of.textContent]; }))"""
+        for width in (390, 1280):
+            self.browser.show("file://" + self.page, width, False)
+            for figure, *labels in self.browser.value(boxes):
+                for i, (left, top, right, bottom, text) in enumerate(labels):
+                    with self.subTest(width=width, label=text):
+                        self.assertTrue(figure[0] - 1 <= left and figure[1] - 1 <= top and right <= figure[2] + 1 and
+                                        bottom <= figure[3] + 1, "it is cut off")
+                        on = [other[4] for other in labels[:i] if left < other[2] and other[0] < right and
+                              top < other[3] - 2 and other[1] < bottom - 2]
+                        self.assertEqual(on, [])
+
+    def test_print_is_light_and_keeps_the_colours_of_keys(self):
+        colours = """(style => ['--bg', '--fg', '--dim', '--line', '--ink', '--spike', '--s0', '--s1', '--s2', '--s3',
+                      '--s4', '--s5', '--s6', '--s7'].map(name => style.getPropertyValue(name)))
+                     (getComputedStyle(document.documentElement))"""
+        swatch = "getComputedStyle(document.querySelector('.key span')).printColorAdjust"
+        self.browser.show("file://" + self.page, 1280, False, "print")
+        light = self.browser.value(colours)
+        self.browser.show("file://" + self.page, 1280, True, "print")
+        self.assertEqual(self.browser.value(colours), light)
+        self.assertEqual(self.browser.value(swatch), "exact")
+        self.assertTrue(self.browser.pdf().startswith(b"%PDF"))
 
 
 def recorded_trace():
