@@ -34,7 +34,7 @@ const char* meaning_of(Cause cause) {
     case Cause::competing_reads:
       return "Something else on this machine read from the drive that the weights come from.";
     case Cause::page_faults:
-      return "The kernel had dropped mapped weights from memory, and the token waited until they were read again.";
+      return "Memory was short: the token waited until dropped pages were read again, or others had been taken back.";
     case Cause::bus: return "Weights came late from host memory into the device's.";
     case Cause::scheduling: return "The kernel gave the cores to other work, or a hypervisor took them away.";
     case Cause::allocation:
@@ -42,6 +42,8 @@ const char* meaning_of(Cause cause) {
     case Cause::compute: return "The operations took longer, and nothing that is recorded says why.";
     case Cause::gpu_clock: return "The GPU ran slower, to stay within its limits of power or heat.";
     case Cause::interference: return "The token waited for another session's pass, or a prompt was read first.";
+    case Cause::preparation:
+      return "A pass of a kind that had not come before, whose commands were recorded for those that follow.";
     case Cause::consumer: return "The time passed outside of Sluice, in the code that takes the tokens.";
     case Cause::unknown:
     case Cause::count: break;

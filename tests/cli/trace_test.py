@@ -111,7 +111,7 @@ class Trace(CliTest):
         self.succeeds("run", model or sp.talking(), "-p", "Hello", *FIXED, "--trace", path, "--inject",
                       fault + ":period=4,ms=1", *placement)
         said = self.prints_json("trace", path, "--json")["injected"]
-        return dict(said) if isinstance(said, dict) else {fault["fault"]: fault["times"] for fault in said}
+        return {fault["fault"]: fault["times"] for fault in said}
 
     def test_faults_that_act_are_reported_as_often_as_they_did(self):
         streamed = ["--device-memory", sp.smallest_budget(sp.talking(), "--context", "64")]
