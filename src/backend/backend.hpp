@@ -216,9 +216,13 @@ class Backend {
   virtual Calibration* calibration() { return nullptr; }
   // Waits for the compute queue and copies the logits, FP32 [wanted rows][vocab], to `logits` (empty: none wanted).
   virtual Status finish_pass(std::span<float> logits) = 0;
+  // Whether op_times are wanted of the passes that follow; asked for before begin_pass. A device whose stamps cost
+  // nothing (CUDA) gives them always. On at first.
+  virtual void time_operations(bool) {}
   // Of the last finished pass, one for each `run` that had rows to work on, in their order; valid until the next
   // begin_pass. Empty where `run` itself computes (the CPU), and the caller's clock tells; also where the device has no
-  // clock (some of Vulkan's), and of a pass with more operations than a model has.
+  // clock (some of Vulkan's), of a pass with more operations than a model has, and, of a device whose stamps cost time,
+  // of a pass for which they were not wanted.
   virtual std::span<const OpTime> op_times() const { return {}; }
   // ... and when commands were recorded that later passes repeat: graphs, command buffers.
   virtual std::span<const HostTime> recordings() const { return {}; }

@@ -125,6 +125,7 @@ Status Engine::run(std::span<const backend::Row> rows, std::span<const int32_t> 
   const std::span<float> embeddings = std::span(embeddings_).first(rows.size() * shape_.hidden);
   SLUICE_TRY(embedding_->fetch(ids, embeddings));
   const uint64_t begun = trace::ticks();
+  backend_->time_operations(recorder_.collected());
   SLUICE_TRY(backend_->begin_pass(rows, embeddings));
   spent[Stage::embed] += chain.span(trace::Kind::embed);
   embed.end();

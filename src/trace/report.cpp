@@ -172,16 +172,20 @@ class Reporter {
     return {{"count", found.size()}, {"largest", largest}};
   }
 
-  // How far ticks and nanoseconds may be apart, and where operations have a device's clock, that one and the host's.
+  // How far ticks and nanoseconds may be apart, and where operations have a device's clock, that one and the host's: in
+  // nine of ten passes, since in the first, which compiles, the bounds are far apart (156 ms on Vulkan, then 28 us).
   json clock() const {
     constexpr auto kDeviceError = static_cast<uint16_t>(Counter::device_clock_error_ns);
-    json device = nullptr;
+    std::vector<double> errors;
     for (const TraceTrack& track : trace_.tracks) {
       for (const Record& record : track.records) {
         if (record.kind != Kind::counter || record.layer != kDeviceError) continue;
-        device = device.is_null() ? record.value : std::max(device.get<uint64_t>(), record.value);
+        errors.push_back(static_cast<double>(record.value));
       }
     }
+    json device = nullptr;
+    // A damaged file may hold any number.
+    if (!errors.empty()) device = static_cast<uint64_t>(std::min(percentile(errors, 0.9), 0x1p63));
     return {{"host_error_ns", trace_.clock_error_ns}, {"device_error_ns", device}};
   }
 

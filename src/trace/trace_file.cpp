@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
@@ -52,6 +53,28 @@ uint64_t sum_of(const FileHeader& header) { return XXH3_64bits(&header, offsetof
 uint64_t sum_of(uint32_t tag, std::span<const std::byte> payload) {
   const uint64_t seed = uint64_t{tag} | static_cast<uint64_t>(payload.size()) << 32;
   return XXH3_64bits_withSeed(payload.data(), payload.size(), seed);
+}
+
+constexpr uint64_t kMoved = 1, kLong = 2, kBytes = 4, kValue = 8, kFlags = kMoved | kLong | kBytes | kValue;
+constexpr size_t kMostWords = 5;   // of a record
+static_assert(static_cast<size_t>(Kind::count) <= 256);
+
+// One record's words at `out`; returns how many.
+size_t pack(const Record& record, uint64_t end_before, uint64_t* out) {
+  const uint64_t moved = record.begin - end_before, length = record.end - record.begin;
+  uint64_t flags = 0;
+  size_t words = 1;
+  const auto add = [&](uint64_t flag, uint64_t word) {
+    flags |= flag;
+    out[words++] = word;
+  };
+  if (moved != 0) add(kMoved, moved);
+  if (length > UINT32_MAX) add(kLong, length);
+  if (record.bytes != 0) add(kBytes, record.bytes);
+  if (record.value != 0) add(kValue, record.value);
+  out[0] = ((flags & kLong) != 0 ? 0 : length) | uint64_t{record.layer} << 32 |
+           uint64_t{static_cast<uint16_t>(record.kind)} << 48 | flags << 56;
+  return words;
 }
 
 void append_bytes(std::vector<std::byte>& out, std::span<const std::byte> bytes) {
@@ -157,7 +180,14 @@ Status TraceFileWriter::add_records(uint32_t track, std::span<const Record> reco
   append(gathered_, track);
   append(gathered_, static_cast<uint32_t>(records.size()));
   append(gathered_, dropped);
-  append_bytes(gathered_, std::as_bytes(records));
+  packed_.resize(records.size() * kMostWords);
+  size_t words = 0;
+  uint64_t end = 0;
+  for (const Record& record : records) {
+    words += pack(record, end, packed_.data() + words);
+    end = record.end;
+  }
+  append_bytes(gathered_, std::as_bytes(std::span(packed_).first(words)));
   return end_chunk(kRecords);
 }
 
@@ -267,20 +297,34 @@ class Parser {
     const auto dropped = cursor.take<uint64_t>();
     if (number >= trace_.tracks.size())
       return damaged(at, fmt::format("records of track {}, which is not there", number));
-    if (cursor.rest().size() != uint64_t{count} * sizeof(Record)) {
-      return damaged(at, fmt::format("{} records in {} bytes", count, cursor.rest().size()));
-    }
+    const std::span<const std::byte> rest = cursor.rest();
+    const auto misfit = [&] { return damaged(at, fmt::format("{} records in {} bytes", count, rest.size())); };
+    if (rest.size() < uint64_t{count} * 8) return misfit();
     TraceTrack& track = trace_.tracks[number];
     if (dropped < track.dropped) return damaged(at, "a count of dropped records that falls");
     track.dropped = dropped;
-    const size_t before = track.records.size();
-    track.records.resize(before + count);
-    if (count > 0) std::memcpy(track.records.data() + before, cursor.rest().data(), cursor.rest().size());
-    for (size_t i = before; i < track.records.size(); ++i) {
-      const Record& record = track.records[i];
-      if (record.end < record.begin)
-        return damaged(at, fmt::format("a span that ends before it begins (record {})", i - before));
+    uint64_t end_before = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+      if (cursor.rest().size() < 8) return misfit();
+      const auto first = cursor.take<uint64_t>();
+      const uint64_t flags = first >> 56;
+      if ((flags & ~kFlags) != 0) return damaged(at, fmt::format("a record with flags {} (record {})", flags, i));
+      if (cursor.rest().size() < 8 * static_cast<size_t>(std::popcount(flags))) return misfit();
+      Record record;
+      record.begin = end_before + ((flags & kMoved) != 0 ? cursor.take<uint64_t>() : 0);
+      const uint64_t length = (flags & kLong) != 0 ? cursor.take<uint64_t>() : first & UINT32_MAX;
+      record.end = record.begin + length;
+      if (record.end < record.begin) return damaged(at, fmt::format("a span that ends before it begins (record {})", i));
+      const uint64_t size = (flags & kBytes) != 0 ? cursor.take<uint64_t>() : 0;
+      if (size > UINT32_MAX) return damaged(at, fmt::format("a size of {} bytes (record {})", size, i));
+      record.bytes = static_cast<uint32_t>(size);
+      record.value = (flags & kValue) != 0 ? cursor.take<uint64_t>() : 0;
+      record.layer = static_cast<uint16_t>(first >> 32);
+      record.kind = static_cast<Kind>(first >> 48 & 0xff);
+      end_before = record.end;
+      track.records.push_back(record);
     }
+    if (!cursor.rest().empty()) return misfit();
     trace_.records += count;
     return {};
   }

@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// The .sltrace file, format version 1. Everything is little-endian.
+// The .sltrace file, format version 2. Everything is little-endian.
 //
-//   offset 0   header, 64 bytes: magic "SLTRACE\n", u32 version, u32 header bytes, u64 ticks, u64 steady ns, u64 unix
-//   ns
+//   offset 0   header, 64 bytes: magic "SLTRACE\n", u32 version, u32 header bytes, u64 ticks, u64 steady ns, u64 unix ns
 //              (one moment on three clocks), u64 error ns of that reading, u64 zero, u64 xxh3-64 of the bytes before it
 //         64   chunks: u32 tag, u32 payload bytes (a multiple of 8), u64 xxh3-64 of the payload with the first eight
-//         bytes
-//              as seed, payload
+//              bytes as seed, payload
 //
 //   tag     payload
 //   NOTE    JSON text, spaces at its end: what was run, on what. Once, first
 //   TRAK    u32 number, u32 name bytes, name, zero padding. Before the track's first RECS
-//   RECS    u32 track, u32 records, u64 dropped (of this track so far), records of 32 bytes (record.hpp)
+//   RECS    u32 track, u32 records, u64 dropped (of this track so far), records as below
 //   CLKS    u64 ticks, u64 steady ns, u64 error ns: a later moment; the last one gives the ticks their rate
 //   ENDS    u64 records, u64 dropped, of all tracks. Last; a file without it was not finished (the process was killed)
+//
+// A record (record.hpp) is a word of 8 bytes, bits 0-31 its ticks, 32-47 layer, 48-55 kind, 56-63 flags, and a word more
+// for each flag: 1 its begin less the end of the record before it in the chunk (of the first one: less 0), which is 0
+// without it; 2 its ticks, where they need more than 32 bits; 4 bytes; 8 value. Spans follow each other, so that most
+// take 8 bytes of the 32 that they have in memory.
 //
 // Chunks with other tags are skipped. A file may end anywhere behind its header: whole chunks count, and complete says
 // no.
@@ -32,7 +35,7 @@
 
 namespace sluice::trace {
 
-inline constexpr uint32_t kFormatVersion = 1;
+inline constexpr uint32_t kFormatVersion = 2;
 
 // Writes a file. Chunks are gathered, 128 KiB at a time: a write of so much costs half of what its pieces would.
 class TraceFileWriter {
@@ -58,6 +61,7 @@ class TraceFileWriter {
   std::string path_;
   UniqueFd fd_;
   std::vector<std::byte> gathered_;
+  std::vector<uint64_t> packed_;
   size_t chunk_at_ = 0;   // in gathered_
 };
 

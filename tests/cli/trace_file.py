@@ -22,6 +22,36 @@ def chunks_of(data):
         at += 16 + size
 
 
+def unpacked(payload):
+    """The records of a chunk."""
+    words = iter(word for word, in struct.iter_unpack("<Q", payload))
+    end = 0
+    for first in words:
+        flags = first >> 56
+        begin = end + (next(words) if flags & 1 else 0) & (1 << 64) - 1
+        end = begin + (next(words) if flags & 2 else first & 0xFFFFFFFF)
+        size = next(words) if flags & 4 else 0
+        value = next(words) if flags & 8 else 0
+        yield Record(KINDS[first >> 48 & 0xFF], begin, end, first >> 32 & 0xFFFF, size, value)
+
+
+def packed(records):
+    """The same bytes as TraceFileWriter::add_records."""
+    words, end = [], 0
+    for record in records:
+        length, extra, flags = record.end - record.begin, [], 0
+        for flag, word, needed in ((1, record.begin - end & (1 << 64) - 1, record.begin != end),
+                                   (2, length, length >= 1 << 32), (4, record.bytes, record.bytes != 0),
+                                   (8, record.value, record.value != 0)):
+            if needed:
+                flags |= flag
+                extra.append(word)
+        words += [(0 if flags & 2 else length) | record.layer << 32 | KINDS.index(record.kind) << 48 | flags << 56]
+        words += extra
+        end = record.end
+    return struct.pack(f"<{len(words)}Q", *words)
+
+
 class TraceFile:
     """A whole file: `tracks` are (name, records) in the order of their numbers."""
 
@@ -39,8 +69,7 @@ class TraceFile:
                 later = struct.unpack_from("<2Q", payload)
             elif tag == b"RECS":
                 records = self.tracks[struct.unpack_from("<I", payload)[0]][1]
-                for begin, end, value, size, layer, kind in struct.iter_unpack("<QQQIHH", payload[16:]):
-                    records.append(Record(KINDS[kind], begin, end, layer, size, value))
+                records.extend(unpacked(payload[16:]))
         ticks, ns = later[0] - self.first[0], later[1] - self.first[1]
         self.ns_per_tick = ns / ticks if ticks > 0 and ns > 0 else 1.0
 
@@ -68,13 +97,11 @@ def write_trace(path, tracks, note=b"{}", clock_errors=(50, 70)):
         return head + struct.pack("<Q", xxhash.XXH3_64bits_withSeed(payload, len(payload), seed)) + payload
 
     start = 10**12
-    header = struct.pack("<8sIIQQQQQ", b"SLTRACE\n", 1, 64, 1000, start, 0, clock_errors[0], 0)
+    header = struct.pack("<8sIIQQQQQ", b"SLTRACE\n", 2, 64, 1000, start, 0, clock_errors[0], 0)
     data = header + struct.pack("<Q", xxhash.XXH3_64bits_withSeed(header, len(header), 0)) + chunk(b"NOTE", note)
     for number, (name, records) in enumerate(tracks):
         data += chunk(b"TRAK", struct.pack("<II", number, len(name)) + name.encode())
-        packed = b"".join(struct.pack("<QQQIHH", r.begin, r.end, r.value, r.bytes, r.layer, KINDS.index(r.kind))
-                          for r in records)
-        data += chunk(b"RECS", struct.pack("<IIQ", number, len(records), 0) + packed)
+        data += chunk(b"RECS", struct.pack("<IIQ", number, len(records), 0) + packed(records))
     data += chunk(b"CLKS", struct.pack("<QQQ", 1000 + 10**9, start + 10**9, clock_errors[1]))
     data += chunk(b"ENDS", struct.pack("<QQ", sum(len(records) for _, records in tracks), 0))
     with open(path, "wb") as file:

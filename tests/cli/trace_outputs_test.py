@@ -33,7 +33,7 @@ def track_of(name, known):
 
 def made_trace(path, tokens=4):
     """Tokens as a GPU that streams would record them, with reads in flight together; the consumer of every sixteenth is
-    20 ms late."""
+    20 ms late. The GPU's clock is known badly in the first pass, which compiles."""
     ms = 10**6
     tracks = {name: [] for name in ("machine", "engine", "prefetcher", "drive", "gpu", "session 0", "injected")}
     add = lambda track, *fields: tracks[track].append(Record(*fields))
@@ -49,7 +49,8 @@ def made_trace(path, tokens=4):
         add("gpu", "copy_wait", at + 2 * ms, at + 3 * ms)
         add("gpu", "matmul", at + 3 * ms, at + 6 * ms, 0)
         add("gpu", "attention", at + 6 * ms, at + 7 * ms, 0)
-        add("gpu", "counter", at, at, COUNTERS["device_clock_error_ns"], 0, 900 + 400 * token)
+        add("gpu", "counter", at, at, COUNTERS["device_clock_error_ns"], 0,
+            900 + 400 * token if token > 0 else 156 * ms)
         # The first two overlap; the third lies inside of both; the fourth overlaps with both; the fifth is alone.
         for begin, end in ((0, 3), (1, 4), (2.25, 2.5), (2, 5), (6, 7)):
             add("drive", "disk_read", at + int(begin * ms), at + int(end * ms), NO_LAYER, 4096, token)
@@ -240,10 +241,10 @@ class Exports(CliTest):
 
     def test_the_error_of_each_clock_is_said_everywhere(self):
         path = os.path.join(sp.SCRATCH, "clocks.sltrace")
-        made_trace(path)
+        made_trace(path, 10)
         self.assertEqual(self.prints_json("trace", path, "--json")["clock"],
-                         {"host_error_ns": 70, "device_error_ns": 2100})
-        sentence = "the GPU's clock is known to within 2.1 us"
+                         {"host_error_ns": 70, "device_error_ns": 4500})
+        sentence = "the GPU's clock is known to within 4.5 us in nine of ten passes"
         self.assertIn(sentence, self.succeeds("trace", path).stdout.decode())
         self.assertIn(sentence, self.write(path, "--html").decode())
 

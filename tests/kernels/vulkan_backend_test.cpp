@@ -299,12 +299,23 @@ TEST_CASE("copies arrive from memory that is imported, that cannot be, and that 
 
 namespace {
 
-// Recordings counted in the driver's place, and results that are never there.
+// Recordings and stamps counted in the driver's place, and results that are never there.
 PFN_vkBeginCommandBuffer driver_begin = nullptr;
 int recordings = 0;
 VkResult counted_begin(VkCommandBuffer commands, const VkCommandBufferBeginInfo* info) {
   ++recordings;
   return driver_begin(commands, info);
+}
+PFN_vkCmdWriteTimestamp driver_stamp = nullptr;
+PFN_vkCmdResetQueryPool driver_reset = nullptr;
+int stamps = 0, resets = 0;
+void counted_stamp(VkCommandBuffer commands, VkPipelineStageFlagBits stage, VkQueryPool pool, uint32_t query) {
+  ++stamps;
+  driver_stamp(commands, stage, pool, query);
+}
+void counted_reset(VkCommandBuffer commands, VkQueryPool pool, uint32_t first, uint32_t count) {
+  ++resets;
+  driver_reset(commands, pool, first, count);
 }
 VkResult not_ready(VkDevice, VkQueryPool, uint32_t, uint32_t, size_t, void*, VkDeviceSize, VkQueryResultFlags) {
   return VK_NOT_READY;
@@ -430,6 +441,37 @@ TEST_CASE("a pass of too many operations, or without results, has no times, and 
   vk.vkGetQueryPoolResults = results;
   passes.run(2, 0);
   CHECK(passes.backend().op_times().size() == 2);
+}
+
+TEST_CASE("passes whose times nobody wants get no stamps, and both kinds of pass stay recorded") {
+  TimedPasses passes;
+  VulkanBackend& backend = passes.backend();
+  const bool clock = backend.device().timestamp_bits() > 0;
+  if (!clock) std::printf("the queue has no clock\n");
+  auto& vk = backend.device().vk;
+  driver_stamp = vk.vkCmdWriteTimestamp;
+  driver_reset = vk.vkCmdResetQueryPool;
+  vk.vkCmdWriteTimestamp = counted_stamp;
+  vk.vkCmdResetQueryPool = counted_reset;
+  for (const size_t copied : {size_t{0}, size_t{4096}}) {
+    bool known[2] = {};
+    for (const bool on : {false, true, true, false, true, false, false}) {
+      INFO((on ? "times wanted, " : "no times wanted, ") << copied << " bytes waited for");
+      const std::vector<OpTime> before(backend.op_times().begin(), backend.op_times().end());
+      backend.time_operations(on);
+      CHECK(backend.op_times().size() == before.size());   // it is passes that follow it that have none
+      stamps = resets = 0;
+      passes.run(3, copied);
+      const bool timed = on && clock;
+      CHECK(backend.op_times().size() == (timed ? 3 : 0));
+      CHECK(backend.recordings().empty() == known[timed]);
+      // Behind the pass's begin and each operation, and where the wait ends.
+      const bool anew = timed && !known[timed];
+      CHECK(stamps == (anew ? 4 + (copied > 0) : 0));
+      CHECK(resets == (anew ? 1 : 0));
+      known[timed] = true;
+    }
+  }
 }
 
 TEST_CASE("operations on rows that want logits have times only where there are such rows") {

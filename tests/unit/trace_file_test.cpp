@@ -6,8 +6,10 @@
 #include <atomic>
 #include <cerrno>
 #include <csignal>
+#include <cstring>
 #include <filesystem>
 #include <functional>
+#include <random>
 
 #include "base/check.hpp"
 #include "catch.hpp"
@@ -94,6 +96,48 @@ TEST_CASE("the checksum of a chunk does not depend on the chunk before it") {
   CHECK(trace->complete);
 }
 
+TEST_CASE("records come back as they were, whatever their fields, and spans behind each other take a word each") {
+  const TempFolder folder;
+  std::mt19937_64 random(3);
+  const auto some = [&]() -> uint64_t {   // of every size, and often nothing
+    return random() % 3 == 0 ? 0 : random() >> random() % 64;
+  };
+  std::vector<Record> records;
+  uint64_t at = 5;
+  for (int i = 0; i < 3000; ++i) {
+    Record record;
+    record.begin = random() % 2 == 0 ? at : some() / 2;
+    record.end = record.begin + some() / 2;
+    record.value = some();
+    record.bytes = static_cast<uint32_t>(some());
+    record.layer = static_cast<uint16_t>(random());
+    record.kind = static_cast<Kind>(random() % static_cast<size_t>(Kind::count));
+    at = record.end;
+    records.push_back(record);
+  }
+  std::vector<Record> chain(1000);
+  for (size_t i = 0; i < chain.size(); ++i) chain[i] = {.begin = 7 * i, .end = 7 * i + 7, .layer = 3, .kind = Kind::norm};
+  size_t chained = 0;
+  const auto bytes = trace_bytes(folder.file("t.sltrace"), [&](TraceFileWriter& file, uint64_t& count) {
+    SLUICE_CHECK(file.add_track(0, "engine") && file.add_records(0, records, 0) && file.add_records(0, {}, 0));
+    SLUICE_CHECK(file.add_track(1, "gpu") && file.flush());
+    const auto size = [&] { return std::filesystem::file_size(folder.file("t.sltrace")); };
+    const size_t before = size();
+    SLUICE_CHECK(file.add_records(1, chain, 0) && file.flush());
+    chained = size() - before;
+    count += records.size() + chain.size();
+  });
+  CHECK(chained == 32 + 8 * chain.size());   // a chunk's header, the track's, and the records
+  const auto trace = parse_trace(bytes, "t.sltrace");
+  INFO((trace ? "" : trace.error().message));
+  REQUIRE(trace);
+  const auto same = [](const std::vector<Record>& a, const std::vector<Record>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(Record)) == 0;
+  };
+  CHECK(same(trace->tracks[0].records, records));
+  CHECK(same(trace->tracks[1].records, chain));
+}
+
 TEST_CASE("tokens of a trace have every part, growth of counters, and their time accounted for") {
   const auto trace = parse_trace(good_trace(), "t.sltrace");
   REQUIRE(trace);
@@ -136,8 +180,13 @@ TEST_CASE("each kind of damage to a trace is refused in one sentence with the of
   names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "TRAK") + 16, 9); }), "track 9 out of order");
   names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "TRAK") + 20, 60); }), "a name of 60 bytes");
   names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "RECS") + 16, 3); }), "records of track 3");
-  names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "RECS") + 20, 5); }), "5 records in 256 bytes");
-  names(error_after([](auto& b) { put<uint64_t>(b, chunk(b, "RECS") + 32 + 8, 0); }), "ends before it begins");
+  names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "RECS") + 20, 5); }), "5 records in 128 bytes");
+  names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "RECS") + 20, 9); }), "9 records in 128 bytes");
+  names(error_after([](auto& b) { put<uint32_t>(b, chunk(b, "RECS") + 20, 17); }), "17 records in 128 bytes");
+  // Of the first record the begin, then its flags; of the fourth the bytes.
+  names(error_after([](auto& b) { put<uint64_t>(b, chunk(b, "RECS") + 32 + 8, UINT64_MAX); }), "ends before it begins");
+  names(error_after([](auto& b) { put<uint8_t>(b, chunk(b, "RECS") + 32 + 7, 0x11); }), "a record with flags 17");
+  names(error_after([](auto& b) { put<uint64_t>(b, chunk(b, "RECS") + 64 + 16, 1ull << 32); }), "a size of 4294967296");
   names(error_after([](auto& b) { put<uint64_t>(b, chunk(b, "CLKS") + 16, 0); }), "runs backwards");
   names(error_after([](auto& b) { put<uint64_t>(b, chunk(b, "ENDS") + 16, 99); }), "counts 99 records where 18 are");
   names(error_after([](auto& b) { b.resize(b.size() + 8); }), "bytes behind the end");
@@ -157,9 +206,9 @@ TEST_CASE("each kind of damage to a trace is refused in one sentence with the of
 }
 
 TEST_CASE("a trace of a later format version is refused as that") {
-  const Error error = error_after([](auto& b) { put<uint32_t>(b, 8, 2); });
+  const Error error = error_after([](auto& b) { put<uint32_t>(b, 8, 3); });
   CHECK(error.code == ErrorCode::unsupported);
-  CHECK(error.message.find("format version 2") != std::string::npos);
+  CHECK(error.message.find("format version 3") != std::string::npos);
 }
 
 TEST_CASE("a trace without a token, a missing file and a folder each have their error") {
@@ -246,7 +295,7 @@ TEST_CASE("a disk that becomes full ends the trace, not what is recorded, and wh
   const auto written = std::find_if(trace->tracks.begin(), trace->tracks.end(),
                                     [](const TraceTrack& track) { return track.name == "engine"; });
   REQUIRE(written != trace->tracks.end());
-  CHECK(written->records.size() > 2000);   // of 32 bytes in 100,003, less a chunk of 512
+  CHECK(written->records.size() > 2000);   // of 16 bytes in 100,003, less a chunk of 512
   for (size_t i = 0; i < written->records.size(); ++i) REQUIRE(written->records[i].value == i);
 }
 

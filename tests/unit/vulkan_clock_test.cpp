@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What of the Vulkan backend's times needs no device.
 #include <algorithm>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -19,7 +20,7 @@ using Times = std::vector<std::pair<uint64_t, uint64_t>>;
 // The times of a pass of these commands, awaited or not, with these ticks.
 std::vector<OpTime> times_of(TickKind kind, const std::vector<bool>& commands, const std::vector<uint64_t>& ticks) {
   PassClock clock(kind, static_cast<uint32_t>(commands.size()));
-  clock.begin();
+  clock.begin(true);
   for (const bool awaited : commands) clock.add(awaited);
   REQUIRE(clock.ticks().size() == ticks.size());
   std::copy(ticks.begin(), ticks.end(), clock.ticks().begin());
@@ -47,7 +48,7 @@ TEST_CASE("a query's number depends on the commands in front of it alone") {
   PassClock clock(kNanoseconds, 5);
   CHECK(clock.queries() == 10);
   for (int pass = 0; pass < 2; ++pass) {
-    clock.begin();
+    clock.begin(true);
     CHECK(clock.add(false) == 0);
     CHECK(clock.add(false) == 1);
     CHECK(clock.add(true) == 2);    // and 3
@@ -99,19 +100,35 @@ TEST_CASE("bits that are not valid do not count, and a clock that wraps in a pas
 
 TEST_CASE("a pass longer than there is room for has no times, and the next one has") {
   PassClock clock(kNanoseconds, 2);
-  clock.begin();
+  clock.begin(true);
   CHECK(clock.add(false) == 0);
   CHECK(clock.add(true) == 1);
   CHECK(clock.add(false) == PassClock::kNoQuery);
   CHECK(clock.ticks().empty());
-  clock.begin();
+  clock.begin(true);
   CHECK(clock.add(false) == 0);
   CHECK(clock.ticks().size() == 1);
 }
 
+TEST_CASE("a pass that is not timed has no queries and no times, and the next one that is has") {
+  PassClock clock(kNanoseconds, 2);
+  for (const bool timed : {true, false, true}) {
+    INFO((timed ? "timed" : "not timed"));
+    clock.begin(timed);
+    CHECK(clock.times().empty());
+    CHECK(clock.add(false) == (timed ? 0 : PassClock::kNoQuery));
+    CHECK(clock.add(true) == (timed ? 1 : PassClock::kNoQuery));
+    REQUIRE(clock.ticks().size() == (timed ? 3 : 0));
+    if (!timed) continue;
+    std::iota(clock.ticks().begin(), clock.ticks().end(), uint64_t{10});
+    clock.read();
+    CHECK(clock.times().size() == 1);
+  }
+}
+
 TEST_CASE("without a clock there are no queries and no times") {
   for (PassClock clock : {PassClock(), PassClock({.valid_bits = 0, .ns = 1.0}, 8)}) {
-    clock.begin();
+    clock.begin(true);
     CHECK(clock.queries() == 0);
     CHECK(clock.add(false) == PassClock::kNoQuery);
     CHECK(clock.add(true) == PassClock::kNoQuery);

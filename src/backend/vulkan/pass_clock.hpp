@@ -36,7 +36,8 @@ class PassClock {
 
   // Those a pass can need; 0 without a clock.
   uint32_t queries() const { return static_cast<uint32_t>(ticks_.size()); }
-  void begin();
+  // A pass that is not `timed` gets no queries and has no times.
+  void begin(bool timed);
   // The first query of the next command: where it ends, or, if it is `awaited`, where its wait does, and the end has
   // the query behind it. kNoQuery: it has none. The first command of a pass is no operation.
   uint32_t add(bool awaited);

@@ -28,6 +28,7 @@ struct PassKind {
   uint32_t rows = 0;
   uint32_t wanted_rows = 0;
   uint32_t chunks = 0;                // of split attention that are looked at; 0: not split
+  bool timed = false;                 // with queries
   bool operator==(const PassKind&) const = default;
 };
 

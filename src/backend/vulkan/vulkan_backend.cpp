@@ -347,8 +347,10 @@ Status VulkanBackend::begin_pass(std::span<const Row> rows, std::span<const floa
     for (chunks = 1; chunks < last / scratch_.chunk_positions + 1;) chunks *= 2;
     chunks = std::min(chunks, scratch_.chunks);
   }
-  commands_->begin({.rows = active_rows_, .wanted_rows = wanted, .chunks = chunks});
-  clock_.begin();
+  // Stamps in every pass would cost 7.5% of decoding (docs/kernels-vulkan.md).
+  const bool timed = timed_ && clock_.queries() > 0;
+  commands_->begin({.rows = active_rows_, .wanted_rows = wanted, .chunks = chunks, .timed = timed});
+  clock_.begin(timed);
   awaits_ = false;
   return commands_->add({.kind = CommandKind::begin_pass, .rows = active_rows_, .query = clock_.add(false), .op = {}});
 }

@@ -63,6 +63,7 @@ class VulkanBackend final : public Backend {
   Status read_slot(Slot slot, std::span<float> out) override;
   Status finish_pass(std::span<float> logits) override;
   std::span<const OpTime> op_times() const override { return clock_.times(); }
+  void time_operations(bool on) override { timed_ = on; }
   std::span<const HostTime> recordings() const override { return commands_->recordings(); }
 
   uint64_t kv_bytes(uint32_t tokens) const override;
@@ -148,6 +149,7 @@ class VulkanBackend final : public Backend {
   uint64_t upload_table_ = 0, upload_angles_ = 0;   // byte offsets
   Buffer readback_;                     // [max_logit_rows][vocab] logits; pieces of a KV cache
   VkQueryPool queries_ = VK_NULL_HANDLE;   // of clock_; null: the queue has no clock
+  bool timed_ = true;                   // passes from the next one on
 
   // The pass in progress.
   uint32_t active_rows_ = 0;            // rows that operations run on: all, then those that want logits
