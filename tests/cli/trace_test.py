@@ -66,7 +66,7 @@ class Trace(CliTest):
 
     def test_a_disk_that_fills_up_ends_the_trace_and_not_the_run(self):
         path = os.path.join(sp.SCRATCH, "filled.sltrace")
-        tokens, limit = 2000, 4_000_000   # of a trace of 6.6 MB, which the thread writes every 0.2 s
+        tokens, limit = 2000, 1_000_000   # of a trace of 2 MB, which the thread writes every 0.2 s
         arguments = ["run", sp.slow(), "-p", "Hello", "-n", tokens, "--ignore-eos", "--context", 4096, "-q", "--json"]
         plain = self.prints_json(*arguments)
         done = self.succeeds(*arguments, "--trace", path, preexec=sp.limit_file_size(limit))
@@ -87,7 +87,7 @@ class Trace(CliTest):
                            "--trace", path)
         # Until the thread has written several times: each time takes it 0.2 s, or 128 KiB.
         until = time.monotonic() + sp.TIMEOUT
-        while time.monotonic() < until and (not os.path.exists(path) or os.path.getsize(path) < 500_000):
+        while time.monotonic() < until and (not os.path.exists(path) or os.path.getsize(path) < 150_000):
             self.assertIsNone(process.poll(), "the run ended by itself")
             time.sleep(0.01)
         process.kill()
