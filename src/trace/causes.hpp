@@ -84,6 +84,7 @@ class Attribution {
   std::vector<double> usual_total_;
   std::vector<double> usual_prepared_;
   std::array<std::vector<double>, static_cast<size_t>(Counter::count)> usual_counts_;
+  std::vector<double> grown_;            // by token: bytes that became resident since they were last counted
   std::vector<double> memory_covered_;   // by token: seconds in which its psi_memory_us grew; 0: not read for it
   MachineReadings machine_;
   double foreign_total_ = 0;    // bytes that others read from the drive

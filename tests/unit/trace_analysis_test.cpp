@@ -280,6 +280,32 @@ TEST_CASE("a compute stall names the counters that stood still, and those that n
   CHECK(says(small.explained(), "not counted: waits for a core"));
 }
 
+TEST_CASE("a huge page is one fault and megabytes that become resident, where they explain the time") {
+  const auto explained = [](double ms, double faults, double bytes) {
+    Run run(Part::attention, ms, [&](Token& t) {
+      set(t, Counter::minor_faults, faults);
+      set(t, Counter::thread_cpu_ns, 5e6 + ms * 1e6);
+    });
+    double resident = 1e9;
+    for (size_t i = 0, k = 0; i < run.tokens.size(); ++i) {
+      if (k < run.members.size() && run.members[k] == i) resident += bytes, ++k;
+      set(run.tokens[i], Counter::resident_bytes, resident);
+    }
+    return run.explained();
+  };
+  constexpr double kHuge = 2 << 20;
+  CHECK(explained(0.4, 1, kHuge).cause == Cause::allocation);
+  const Finding grown = explained(5, 1, kHuge);   // a KV cache that reaches its next page
+  CHECK(grown.cause == Cause::allocation);
+  CHECK(says(grown, "2.0 MiB became resident each time, by 1.0 faults"));
+  const Finding stall = explained(30, 1, kHuge);
+  CHECK(stall.cause == Cause::compute);
+  CHECK(says(stall, "drive and scheduler did not move"));
+  CHECK_FALSE(says(stall, "faults"));
+  CHECK(explained(0.4, 0, kHuge).cause == Cause::compute);   // somebody else's
+  CHECK(explained(0.4, 1, 4096).cause == Cause::compute);
+}
+
 TEST_CASE("operations in which the process did not compute are no compute stall, unless a device computed") {
   const Finding stopped = Run(Part::matmul, 30).explained();
   CHECK(stopped.cause == Cause::unknown);
