@@ -47,7 +47,7 @@ svg text{font-size:13px;fill:var(--dim)}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.3rem 0;list-style:none}
 .key span{display:inline-block;width:.8em;height:.8em;margin-right:.35em;
 -webkit-print-color-adjust:exact;print-color-adjust:exact}
-@media (max-width:40rem){svg text{font-size:22px}body{padding:.7rem}}
+@media (max-width:40rem){svg text{font-size:22px}body{padding:.7rem}.n{font-size:.85rem;padding-right:0}}
 @media print{:root{color-scheme:light;--fg:#000;--dim:#444;--line:#bbb}body{max-width:none}
 h2{break-after:avoid}svg{break-inside:avoid}}
 )";
@@ -369,7 +369,7 @@ class Page {
       figure.rectangle("class=\"bar\"", Figure::x(static_cast<double>(i) / kBars), figure.y(0) - height,
                        kPlotWidth / kBars - 1, height, fmt::format("{:.0f} tokens", bars[i]));
     }
-    for (const double share : {0.0, 0.25, 0.5, 0.75, 1.0}) {
+    for (const double share : {0.0, 1.0 / 3, 2.0 / 3, 1.0}) {   // as many as a telephone has room for
       figure.text(Figure::x(share), figure.below(),
                   share == 0   ? "start"
                   : share == 1 ? "end"

@@ -2,6 +2,7 @@
 """What `trace` writes for others holds every span of the trace; the report is a page that needs nothing else."""
 import collections
 import html.parser
+import itertools
 import json
 import math
 import os
@@ -341,9 +342,17 @@ class Shown(CliTest):
 
     @classmethod
     def setUpClass(cls):
-        cls.page = os.path.join(sp.SCRATCH, "shown.html")
-        done = sp.sluice("trace", recorded_trace(), "--html", cls.page)
-        assert done.returncode == 0, done.stderr
+        wide = os.path.join(sp.SCRATCH, "wide.sltrace")   # times of many digits: 132.9 to 988.8 ms
+        ends = [10**6 * i * 132.9 + (856 * 10**6 if i >= 60 else 0) for i in range(100)]
+        tokens = [Record("token", 1000 + int(begin), 1000 + int(end), NO_LAYER, 1, i)
+                  for i, (begin, end) in enumerate(zip(ends, ends[1:]))]
+        write_trace(wide, [("machine", []), ("engine", []), ("session 0", tokens)])
+        cls.pages = []
+        for name, trace in (("shown", recorded_trace()), ("wide", wide)):
+            cls.pages.append(os.path.join(sp.SCRATCH, name + ".html"))
+            done = sp.sluice("trace", trace, "--html", cls.pages[-1])
+            assert done.returncode == 0, done.stderr
+        cls.page = cls.pages[0]
         cls.browser = browser.Browser(os.path.join(sp.SCRATCH, "browser"))
 
     @classmethod
@@ -369,13 +378,19 @@ class Shown(CliTest):
                     background = browser.png_first_pixel(shot)
                     self.assertTrue(max(background) < 64 if dark else min(background) > 224, background)
 
+    def test_wide_numbers_fit_a_phone(self):
+        self.browser.show("file://" + self.pages[1], 390, False)
+        self.assertIn("988.9 ms", self.browser.value("document.body.innerText"))
+        self.assertEqual(self.browser.value("innerWidth"), 390)
+        self.assertLessEqual(self.browser.value("document.documentElement.scrollWidth"), 390)
+
     def test_no_label_is_cut_off_or_lies_on_another(self):
         # Boxes of the labels of each figure, with its own box first.
         boxes = """[...document.querySelectorAll('svg')].map(svg => [svg, ...svg.querySelectorAll('text')].map(
                    of => { const r = of.getBoundingClientRect();
                            return [r.left, r.top, r.right, r.bottom, of.textContent]; }))"""
-        for width in (390, 1280):
-            self.browser.show("file://" + self.page, width, False)
+        for width, page in itertools.product((390, 1280), self.pages):
+            self.browser.show("file://" + page, width, False)
             for figure, *labels in self.browser.value(boxes):
                 for i, (left, top, right, bottom, text) in enumerate(labels):
                     with self.subTest(width=width, label=text):
