@@ -43,9 +43,10 @@ def sluice(*args, stdin=b"", preexec=None, cwd=None):
                           timeout=TIMEOUT, preexec_fn=preexec, cwd=cwd)
 
 
-def start(*args):
+def start(*args, before=None):
+    """`before`: called in the process before it becomes Sluice."""
     return subprocess.Popen([BINARY, *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+                            stderr=subprocess.PIPE, preexec_fn=before)
 
 
 class CliTest(unittest.TestCase):

@@ -20,6 +20,7 @@ SLUICE_RESULTS   a file that takes a line of JSON for each run; runs that are in
 SLUICE_SECONDS   ends after so long (default 900), skipped, if runs are missing: with SLUICE_RESULTS the next call goes on
 """
 import collections
+import ctypes
 import json
 import os
 import random
@@ -73,6 +74,14 @@ def core_seconds():
     return (user + nice + system + irq + softirq) / second - own, steal / second
 
 
+def without_huge_pages():
+    """In so long a run the KV cache reaches a next page of 2 MiB every 256 tokens. Where a hypervisor has to find the
+    memory, that takes 5 ms: a true train of allocation, and not the fault of the test."""
+    PR_SET_THP_DISABLE = 41
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_THP_DISABLE)")
+
+
 class Beside:
     """What shares of all cores other processes and a hypervisor took since it was made."""
 
@@ -111,7 +120,8 @@ class Causes(CliTest):
     def run_stopped(self, trace, seed, period_ms, ms):
         """Stops the process for so long, so often, PLACES times; then interrupts it."""
         process = sp.start("run", self.slow_model, "-p", "Hello", "-n", STOPPED_TOKENS, "--ignore-eos", "--temp", 1,
-                           "--seed", seed, "--context", STOPPED_TOKENS + 192, "-q", "--trace", trace)
+                           "--seed", seed, "--context", STOPPED_TOKENS + 192, "-q", "--trace", trace,
+                           before=without_huge_pages)
         try:
             begin = time.monotonic() + 0.3   # opened by then
             for place in range(PLACES + 1):
