@@ -173,9 +173,10 @@ void Engine::record_device(const trace::TickScale& scale, uint64_t begun, uint64
     return done + static_cast<uint64_t>(static_cast<int64_t>((host_ns - done_ns) / scale.ns_per_tick()));
   };
   const auto device_ticks = [&](uint64_t ns) { return ticks_of(static_cast<double>(device_clock_.host_ns(ns))); };
-  const backend::OpTime* op = ops.data();
+  auto op = ops.begin();
   for (const Step& step : program_) {
     if (step.for_logits && !wants_logits) continue;
+    SLUICE_CHECK(op != ops.end());
     const uint64_t ready = device_ticks(op->ready_ns);
     if (op->wait_ns() > 0) {
       device_track_->record(kind_of(wait_of(step, plan_)), device_ticks(op->begin_ns), ready, layer_of(step), 0,

@@ -27,6 +27,7 @@ namespace {
 
 constexpr std::array<const char*, static_cast<size_t>(Fault::count)> kFaultNames = {
     "read", "copy", "compute", "sampling", "callback", "preempt", "alloc", "compete", "evict", "prefill"};
+constexpr std::array<const char*, static_cast<size_t>(InjectionClock::count)> kClockNames = {"token", "time", "bytes"};
 // As much in flight as twice the prefetcher's 32 requests of 512 KiB.
 constexpr size_t kCompetingRead = 4 << 20;
 constexpr size_t kCompetitors = 8;
@@ -59,6 +60,7 @@ void spin(double seconds) {
 }  // namespace
 
 const char* name_of(Fault fault) { return kFaultNames[static_cast<size_t>(fault)]; }
+const char* name_of(InjectionClock clock) { return kClockNames[static_cast<size_t>(clock)]; }
 
 Result<Injection> parse_injection(std::string_view text) {
   const auto refuse = [&](const std::string& what) {
@@ -79,9 +81,9 @@ Result<Injection> parse_injection(std::string_view text) {
     const std::string_view name = setting.substr(0, equals),
                            value = setting.substr(std::min(setting.size(), equals + 1));
     const std::optional<double> amount = number(value);
-    if (name == "clock" && value == "token") injection.clock = InjectionClock::token;
-    else if (name == "clock" && value == "time") injection.clock = InjectionClock::time;
-    else if (name == "clock" && value == "bytes") injection.clock = InjectionClock::bytes;
+    const auto* clock = std::find(kClockNames.begin(), kClockNames.end(), value);
+    if (name == "clock" && clock != kClockNames.end())
+      injection.clock = static_cast<InjectionClock>(clock - kClockNames.begin());
     else if (name == "period" && amount && *amount > 0) injection.period = *amount;
     else if (name == "ms" && amount && *amount > 0 && *amount <= 60000) injection.ms = *amount;
     else if (name == "jitter" && amount && *amount >= 0 && *amount < 0.5) injection.jitter = *amount;

@@ -36,7 +36,8 @@ enum class Fault : uint8_t {
 };
 const char* name_of(Fault fault);
 
-enum class InjectionClock : uint8_t { token, time, bytes };
+enum class InjectionClock : uint8_t { token, time, bytes, count };
+const char* name_of(InjectionClock clock);
 
 // "read:period=16,ms=30,jitter=0.03,clock=token".
 struct Injection {

@@ -51,15 +51,6 @@ const char* meaning_of(Cause cause) {
   return "No part of the time and no counter stands out enough to be called the reason.";
 }
 
-const char* name_of(InjectionClock clock) {
-  switch (clock) {
-    case InjectionClock::token: return "token";
-    case InjectionClock::time: return "time";
-    case InjectionClock::bytes: break;
-  }
-  return "bytes";
-}
-
 // "read every 16 tokens, 30 ms, jitter 3%".
 std::string text_of(const Injection& injection) {
   const char* unit = injection.clock == InjectionClock::token  ? "tokens"
