@@ -337,8 +337,13 @@ TEST_CASE("calibration on a GPU gives nearly the codes of the CPU's", "[.gpu]") 
 
 namespace {
 
-// `tolerance`: of the logits, against the F32 sums of both on the CPU.
-void check_sum_of_both(QuantizeMethod method, const std::string& backend, double tolerance) {
+// What the logits may be off, relatively, against the F32 sums of both on the CPU: of most tokens that have nothing before
+// them, and of all that follow one another.
+struct Tolerance {
+  double alone, together;
+};
+
+void check_sum_of_both(QuantizeMethod method, const std::string& backend, Tolerance tolerance) {
   const Source source("qwen2");  // with biases
   QuantizeOptions options = source.options("int4");
   options.method = method;
@@ -349,7 +354,8 @@ void check_sum_of_both(QuantizeMethod method, const std::string& backend, double
   // Eight rows a pass at most, whose bits do not depend on each other.
   ModelOptions model{.context = 512, .max_rows = 8, .precision = Precision::fine, .backend = backend,
                      .cpu_activations = Activations::f32};
-  const std::vector<float> fine = score_all(open_or_fail(options.output, model), tokens);
+  const Model both = open_or_fail(options.output, model);
+  const std::vector<float> fine = score_all(both, tokens);
 
   // The sums as an F32 checkpoint.
   auto container = storage::Container::open(options.output);
@@ -374,9 +380,18 @@ void check_sum_of_both(QuantizeMethod method, const std::string& backend, double
   save(source.path + "/model.safetensors", sums.bytes());
   const std::string exact = source.folder.file("exact.sluice");
   REQUIRE(import_model({.source = source.path, .output = exact, .weights = WeightFormat::keep}));
-  const double error = relative_error(fine, logits_of(exact, tokens));
-  std::printf("%s, against the sums in F32: %.1e\n", backend.c_str(), error);
-  CHECK(error < tolerance);
+  const Model added = open_or_fail(exact, {.context = 512, .backend = "cpu", .cpu_activations = Activations::f32});
+  std::vector<double> alone;
+  for (const int32_t token : tokens) {
+    alone.push_back(relative_error(score_all(both, {&token, 1}), score_all(added, {&token, 1})));
+  }
+  const auto median = alone.begin() + static_cast<std::ptrdiff_t>(alone.size() / 2);
+  std::nth_element(alone.begin(), median, alone.end());
+  const double together = relative_error(fine, score_all(added, tokens));
+  std::printf("%s, against the sums in F32: tokens alone %.1e (median), together %.1e\n", backend.c_str(), *median,
+              together);
+  CHECK(*median < tolerance.alone);
+  CHECK(together < tolerance.together);
 
   model.device_memory_bytes = uint64_t{1} << 40;
   const auto report = plan_model(options.output, model, {});
@@ -396,13 +411,17 @@ void check_sum_of_both(QuantizeMethod method, const std::string& backend, double
 }  // namespace
 
 TEST_CASE("INT4 with its residual computes the sum of both, with the same bits in every mix of tiers") {
-  // FP32 sums in another order, and now and then the FP16 of a key falls the other way.
-  for (const QuantizeMethod method : {QuantizeMethod::rtn, QuantizeMethod::gptq}) check_sum_of_both(method, "cpu", 1e-4);
+  // FP32 sums in another order. Now and then the FP16 of a key or a value falls the other way, by a unit in its last
+  // place, and all tokens behind it see that: 2^-11 and less.
+  for (const QuantizeMethod method : {QuantizeMethod::rtn, QuantizeMethod::gptq}) {
+    check_sum_of_both(method, "cpu", {.alone = 1e-6, .together = 4.9e-4});
+  }
 }
 
 // Hidden: needs a GPU. CUDA's activations are FP16.
 TEST_CASE("INT4 with its residual computes the sum of both on a GPU, with the same bits in every mix of tiers", "[.gpu]") {
-  check_sum_of_both(QuantizeMethod::gptq, backend_under_test(), backend_under_test() == "cuda" ? 6e-3 : 1e-3);
+  const double tolerance = backend_under_test() == "cuda" ? 6e-3 : 1e-3;
+  check_sum_of_both(QuantizeMethod::gptq, backend_under_test(), {.alone = tolerance, .together = tolerance});
 }
 
 TEST_CASE("residuals become resident only when no base is streamed") {
