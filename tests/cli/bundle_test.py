@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools/bundle: what it makes runs without any library of this machine but glibc. Environment: that of sluice_process,
 SLUICE_SOURCE (the source folder)."""
+import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -91,7 +93,70 @@ class Bundle(CliTest):
         self.assertEqual(sp.json.loads(there.stdout)["ids"], here["ids"])
 
 
+class Tests(CliTest):
+    """A bundle with a test that computes, and one in Python."""
+
+    @classmethod
+    def setUpClass(cls):
+        tarball = os.path.join(sp.SCRATCH, "tests.tar.gz")
+        done = bundle(BUILD, "-o", tarball, "--tests", "golden", "--tests", "cli_verbs")
+        if done.returncode != 0:
+            raise AssertionError(done.stderr)
+        root = os.path.join(sp.SCRATCH, "with tests")
+        shutil.unpack_archive(tarball, root)
+        cls.folder = os.path.join(root, os.listdir(root)[0])
+
+    def run_tests(self, *arguments):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
+        return subprocess.run([os.path.join(self.folder, "run-tests"), *arguments], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, env=environment, timeout=300)
+
+    def set_entry(self, **entry):
+        """Puts a test into the list, until the test that calls this has ended."""
+        tests = pathlib.Path(self.folder, "tests.json")
+        self.addCleanup(tests.write_text, tests.read_text())
+        tests.write_text(json.dumps([{"env": {}, "timeout": 30, **entry}]))
+
+    def test_they_pass_where_nothing_of_the_build_is_named(self):
+        log = os.path.join(sp.SCRATCH, "tests.log")
+        done = self.run_tests("--log", log)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertRegex(done.stdout, r"(?m)^golden +passed in ")
+        self.assertRegex(done.stdout, r"(?m)^cli_verbs +passed in ")
+        self.assertEqual(done.stdout.splitlines()[-1], "2 passed, 0 failed, 0 skipped")
+        with open(log) as file:
+            self.assertIn("All tests passed", file.read())
+
+    def test_one_that_fails_is_shown(self):
+        self.set_entry(name="wrong", command=["sh", "-c", "echo what went wrong; exit 3"])
+        done = self.run_tests()
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r"wrong +failed in .* \(3\)\nwhat went wrong\n0 passed, 1 failed, 0 skipped\n")
+
+    def test_one_that_does_not_end_is_ended(self):
+        self.set_entry(name="endless", command=["sh", "-c", "echo begun; exec sleep 60"], timeout=1)
+        done = self.run_tests()
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r"endless +failed in .* \(no end after 1 s\)\nbegun\n")
+
+    def test_where_all_are_skipped_so_are_they(self):
+        self.set_entry(name="elsewhere", command=["sh", "-c", "exit 77"])
+        done = self.run_tests()
+        self.assertEqual(done.returncode, 77)
+        self.assertIn("0 passed, 0 failed, 1 skipped", done.stdout)
+
+    def test_a_name_that_is_not_there_is_refused(self):
+        done = self.run_tests("godlen")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stderr, "run-tests: no test here is called godlen; there are golden, cli_verbs\n")
+
+
 class Refusals(CliTest):
+    def test_tests_that_are_not_there_are_named(self):
+        done = bundle(BUILD, "--tests", "cude")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("has no test or suite cude; meson test -C", done.stderr)
+
     def test_a_build_that_is_not_there_is_named(self):
         done = bundle(os.path.join(sp.SCRATCH, "no such build"))
         self.assertEqual(done.returncode, 1)
