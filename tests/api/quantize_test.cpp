@@ -337,8 +337,14 @@ TEST_CASE("calibration on a GPU gives nearly the codes of the CPU's", "[.gpu]") 
 
 namespace {
 
-// What the logits may be off, relatively, against the F32 sums of both on the CPU: of most tokens that have nothing before
-// them, and of all that follow one another.
+double median_of(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+// What the logits may be off, relatively, against the F32 sums of both on the CPU, in the median: of tokens that have
+// nothing before them, and of texts.
 struct Tolerance {
   double alone, together;
 };
@@ -385,13 +391,15 @@ void check_sum_of_both(QuantizeMethod method, const std::string& backend, Tolera
   for (const int32_t token : tokens) {
     alone.push_back(relative_error(score_all(both, {&token, 1}), score_all(added, {&token, 1})));
   }
-  const auto median = alone.begin() + static_cast<std::ptrdiff_t>(alone.size() / 2);
-  std::nth_element(alone.begin(), median, alone.end());
-  const double together = relative_error(fine, score_all(added, tokens));
-  std::printf("%s, against the sums in F32: tokens alone %.1e (median), together %.1e\n", backend.c_str(), *median,
-              together);
-  CHECK(*median < tolerance.alone);
-  CHECK(together < tolerance.together);
+  std::vector<double> together = {relative_error(fine, score_all(added, tokens))};
+  while (together.size() < 5) {
+    const std::vector<int32_t> text = random_tokens(40);
+    together.push_back(relative_error(score_all(both, text), score_all(added, text)));
+  }
+  std::printf("%s, against the sums in F32: tokens alone %.1e, texts %.1e\n", backend.c_str(), median_of(alone),
+              median_of(together));
+  CHECK(median_of(alone) < tolerance.alone);
+  CHECK(median_of(together) < tolerance.together);
 
   model.device_memory_bytes = uint64_t{1} << 40;
   const auto report = plan_model(options.output, model, {});
@@ -412,9 +420,9 @@ void check_sum_of_both(QuantizeMethod method, const std::string& backend, Tolera
 
 TEST_CASE("INT4 with its residual computes the sum of both, with the same bits in every mix of tiers") {
   // FP32 sums in another order. Now and then the FP16 of a key or a value falls the other way, by a unit in its last
-  // place, and all tokens behind it see that: 2^-11 and less.
+  // place, and all tokens behind it see that: 1.4e-4 was met in one text.
   for (const QuantizeMethod method : {QuantizeMethod::rtn, QuantizeMethod::gptq}) {
-    check_sum_of_both(method, "cpu", {.alone = 1e-6, .together = 4.9e-4});
+    check_sum_of_both(method, "cpu", {.alone = 1e-6, .together = 1e-4});
   }
 }
 
