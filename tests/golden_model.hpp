@@ -20,6 +20,7 @@
 #include "backend/backend.hpp"
 #include "catch.hpp"
 #include "sluice/sluice.hpp"
+#include "temp_folder.hpp"
 
 namespace sluice::test {
 
@@ -93,6 +94,7 @@ inline const std::string& backend_under_test() {
     if (!made && made.error().code == ErrorCode::not_found) {
       std::printf("skipped: %s\n", made.error().message.c_str());
       std::fflush(stdout);
+      TempFolder::remove_all();
       std::_Exit(77);
     }
     return backend;

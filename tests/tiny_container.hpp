@@ -3,11 +3,8 @@
 // docs/container.md lane by lane, on purpose not by storage/tile.hpp: two derivations check each other.
 #pragma once
 
-#include <unistd.h>
-
 #include <cmath>
 #include <cstring>
-#include <filesystem>
 #include <map>
 #include <random>
 #include <span>
@@ -20,28 +17,9 @@
 #include "storage/checksum.hpp"
 #include "storage/container_writer.hpp"
 #include "storage/manifest.hpp"
+#include "temp_folder.hpp"
 
 namespace sluice::test {
-
-// A folder that goes away with everything in it.
-class TempFolder {
- public:
-  TempFolder() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "sluice-test-XXXXXX").string();
-    path_ = ::mkdtemp(pattern.data());
-  }
-  TempFolder(const TempFolder&) = delete;
-  TempFolder& operator=(const TempFolder&) = delete;
-  ~TempFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  std::string path() const { return path_; }
-  std::string file(const std::string& name) const { return path_ + "/" + name; }
-
- private:
-  std::string path_;
-};
 
 // What an int4 tensor has besides scales.
 enum class Int4Kind { symmetric, zeros, bias };
