@@ -12,6 +12,7 @@
 
 #include "backend/vulkan/vulkan_backend.hpp"
 #include "base/handles.hpp"
+#include "temp_folder.hpp"
 #include "vulkan_fixture.hpp"
 
 namespace {
@@ -127,9 +128,8 @@ TEST_CASE("a device that computes on the CPU is taken by name only") {
 }
 
 TEST_CASE("a GPU is looked for among device files before any driver is loaded") {
-  char folder[] = "/tmp/sluice-dev-XXXXXX";
-  REQUIRE(::mkdtemp(folder) != nullptr);
-  const std::string dev = folder;
+  const test::TempFolder folder;
+  const std::string dev = folder.path();
   CHECK(!vulkan::has_gpu_file(dev));
   for (const char* name : {"/nvidiactl", "/dri/renderD129"}) {
     if (std::string(name).starts_with("/dri")) REQUIRE(::mkdir((dev + "/dri").c_str(), 0700) == 0);
@@ -138,8 +138,6 @@ TEST_CASE("a GPU is looked for among device files before any driver is loaded") 
     REQUIRE(::unlink((dev + name).c_str()) == 0);
     CHECK(!vulkan::has_gpu_file(dev));
   }
-  ::rmdir((dev + "/dri").c_str());
-  ::rmdir(folder);
 }
 
 TEST_CASE("refused memory is a typed error that names its use, and the backend goes on working") {
