@@ -21,7 +21,7 @@ struct SamplerSettings {
 
 inline constexpr size_t kPenaltyTokens = 64;   // how far back repeat_penalty looks
 
-// One sequence of draws. The same settings, seed and logits give the same tokens on every machine whose exp() agrees.
+// One sequence of draws. The same settings, seed and logits give the same tokens on every machine.
 class Sampler {
  public:
   Sampler(const SamplerSettings& settings, uint32_t vocab);
@@ -35,16 +35,21 @@ class Sampler {
     int32_t id = 0;
   };
   size_t gather_leading(std::span<const float> logits, size_t wanted);
-  size_t sort_leading(size_t wanted, size_t count);
-  size_t keep_top_p(size_t kept, size_t sorted);
-  size_t keep_min_p(size_t kept, size_t sorted);
-  int32_t draw(size_t kept);
+  void sort_leading(size_t wanted, size_t count);
+  size_t keep_top_p(std::span<const float> logits, float largest, size_t kept, bool chosen);
+  size_t keep_min_p(std::span<const float> logits, float largest, size_t kept, bool chosen);
+  double weigh(std::span<const float> logits, float largest, float temperature);
+  double weigh_candidates(size_t kept, float largest, float temperature);
+  size_t draw(size_t count, double total);
   double next_uniform();       // [0, 1)
 
   SamplerSettings settings_;
   uint64_t state_;
-  std::vector<float> logits_;
+  std::vector<float> logits_;           // with the penalty
   std::vector<Candidate> candidates_;
+  std::vector<float> chosen_;           // the candidates' logits
+  std::vector<float> weights_;          // what weigh() was given, in whole blocks
+  std::vector<double> sums_;            // of each block
 };
 
 // The likeliest token; of equals the one with the smallest id.

@@ -146,3 +146,58 @@ TEST_CASE("the repeat penalty divides positive logits, multiplies negative ones,
 TEST_CASE("everything off draws from the whole vocabulary") {
   CHECK(draw({.temperature = 1}, std::vector<float>(50, 0.0f), 5000).size() == 50);
 }
+
+TEST_CASE("a draw from any number of tokens takes the place that double precision gives it") {
+  std::mt19937 random(std::random_device{}());
+  for (const size_t vocab : {1u, 3u, 63u, 64u, 65u, 127u, 1000u, 49152u}) {
+    for (const float temperature : {0.05f, 0.6f, 1.0f, 30.0f}) {
+      const auto seed = static_cast<uint32_t>(random());
+      INFO("vocabulary " << vocab << ", temperature " << temperature << ", seed " << seed);
+      std::vector<float> logits = random_logits(vocab, seed);
+      if (vocab > 1) logits[seed % vocab] = -1e4f;   // no weight at all
+      std::vector<double> up_to = {0};   // sums of weights, of the tokens before each
+      const float largest = *std::max_element(logits.begin(), logits.end());
+      for (const float logit : logits) {
+        up_to.push_back(up_to.back() + std::exp((static_cast<double>(logit) - static_cast<double>(largest)) /
+                                                static_cast<double>(temperature)));
+      }
+      Sampler sampler({.temperature = temperature, .seed = seed}, static_cast<uint32_t>(vocab));
+      uint64_t state = seed;
+      for (int i = 0; i < 50; ++i) {
+        uint64_t z = (state += 0x9e3779b97f4a7c15u);   // splitmix64
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        const double drawn = static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53 * up_to.back();
+        const auto id = static_cast<size_t>(sampler.sample(logits, {}));
+        REQUIRE(id < vocab);
+        REQUIRE(drawn >= up_to[id] - 1e-6 * up_to.back());
+        REQUIRE(drawn <= up_to[id + 1] + 1e-6 * up_to.back());
+      }
+    }
+  }
+}
+
+TEST_CASE("top_p and min_p keep of many tokens those that double precision keeps") {
+  std::mt19937 random(std::random_device{}());
+  const auto seed = static_cast<uint32_t>(random());
+  INFO("seed " << seed);
+  std::vector<float> logits = random_logits(5000, seed);
+  std::vector<float> sorted = logits;
+  std::sort(sorted.begin(), sorted.end(), std::greater<>());
+  const auto weight = [&](float logit) { return std::exp(static_cast<double>(logit - sorted[0])); };
+  double total = 0;
+  for (const float logit : sorted) total += weight(logit);
+  double sum = 0;
+  size_t kept = 0;
+  while (sum < 0.8 * total) sum += weight(sorted[kept++]);
+  for (const auto& [settings, least] : {std::pair(SamplerSettings{.temperature = 9, .top_p = 0.8f}, sorted[kept - 1]),
+                                        std::pair(SamplerSettings{.temperature = 9, .min_p = 0.02f},
+                                                  sorted[0] + std::log(0.02f))}) {
+    float seen = sorted[0];
+    for (const auto& [id, count] : draw(settings, logits, 40000)) {
+      seen = std::min(seen, logits[static_cast<size_t>(id)]);
+    }
+    CHECK(seen >= least - 2e-2f);   // a weight at top_p's border may fall on either side of it
+    CHECK(seen <= least + 0.5f);
+  }
+}
