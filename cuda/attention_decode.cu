@@ -462,13 +462,27 @@ __device__ void attend(WarpState<kHeadDim>& state, Shared<kHeadDim>& shared, con
   }
 }
 
+// Keys and values of the block's first tile, into L2: all but the newest position's were there before this pass.
+template <int kHeadDim>
+__device__ void prefetch_tile(const DecodeParams& params, const Place& place) {
+  constexpr uint32_t kLine = 64;  // elements
+  const KvCacheView& cache = params.args.cache;
+  const __half* keys = cache.memory + place.table[place.first_tile] * cache.block_elems() +
+                       cache.head_offset(params.args.layer, place.kv_head);
+  for (uint32_t i = threadIdx.x * kLine; i < kKvBlockPositions * kHeadDim; i += kThreads * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + i));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + cache.head_elems() + i));
+  }
+}
+
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? kSmallBlocksPerSm : 2)
     attention_decode_f16(const DecodeParams params) {
   __shared__ __align__(16) Shared<kHeadDim> shared;
   const Place place = find_place(params);  // the rows of a pass were uploaded before the previous grid began
+  let_next_grid_start();  // a product, which reads nothing but weights before this grid is complete
+  if (blockIdx.y < place.splits) prefetch_tile<kHeadDim>(params, place);
   wait_for_previous_grid();
-  let_next_grid_start();
   stamp_begin(params.begin_stamp);
   if (blockIdx.y >= place.splits) return;
   WarpState<kHeadDim> state;

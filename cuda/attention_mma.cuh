@@ -80,7 +80,8 @@ __device__ inline void wait_for_previous_grid() {
 #endif
 }
 
-// The next grid may be scheduled. Called after the wait, so that the grid before the previous one is always complete.
+// The next grid may be scheduled. Called after the wait by a grid whose next one reads, before its own wait, what was
+// written before this one: then the grid before the previous one is complete.
 __device__ inline void let_next_grid_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -3,7 +3,7 @@
 //
 //   kernel           grid                          block   bytes moved per row
 //   begin_pass       (hidden / 1024, rows)         256     4 hidden over the bus, 4 hidden written
-//   rms_norm         (rows)                        256     8 hidden read (once from L1), 2 hidden written
+//   rms_norm         (rows)                        1024    8 hidden read, 2 hidden written, a copy
 //   swiglu           (width / 2048, rows)          256     8 width read, 2 width written
 //   select_rows      (width / 256)                 256     8 width for a row that moves
 //   gather_columns   (width / 512, rows)           256     2 width read here and there, 4 width of perm, 2 width written
@@ -20,7 +20,7 @@
 namespace sluice::cuda {
 namespace {
 
-constexpr uint32_t kBlock = 256;
+constexpr uint32_t kBlock = 256, kNormBlock = 1024;
 constexpr uint32_t kSwigluPerThread = 8;
 constexpr uint32_t kSwigluPerBlock = kBlock * kSwigluPerThread;
 // Magnitudes from here on are scaled down; below, rounding to half cannot reach infinity (65520 would).
@@ -124,20 +124,22 @@ __global__ void begin_pass_kernel(BeginPass a) {
   }
 }
 
-// Weights are under way while the kernel before ends: they come from memory, which the product behind this one keeps
-// busy by then.
+// A pass waits for every norm: as many threads as there are, and a block for each copy. Weights are under way while the
+// kernel before ends: they come from memory, which the product behind this one keeps busy by then.
 template <bool kAligned>
-__global__ void __launch_bounds__(kBlock) rms_norm_kernel(RmsNorm a) {
-  constexpr uint32_t kEarly = 8;  // vectors a thread
+__global__ void __launch_bounds__(kNormBlock) rms_norm_kernel(RmsNorm a) {
+  constexpr uint32_t kHeld = 2;  // vectors a thread that stay in registers
   grid_let_next_start();
   const uint32_t row = blockIdx.x, vectors = (a.width + 3) / 4;
   const float* in = a.in + size_t{row} * a.width;
-  float4 early[kEarly];
+  const auto weight_of = [&](uint32_t i) {
+    return a.weight == nullptr ? float4{1.0f, 1.0f, 1.0f, 1.0f} : load4<kAligned>(a.weight, i, a.width);
+  };
+  float4 weights[kHeld], held[kHeld];
 #pragma unroll
-  for (uint32_t k = 0; k < kEarly; ++k) {
-    const uint32_t i = threadIdx.x + k * kBlock;
-    early[k] = float4{1.0f, 1.0f, 1.0f, 1.0f};
-    if (a.weight != nullptr && i < vectors) early[k] = load4<kAligned>(a.weight, i, a.width);
+  for (uint32_t k = 0; k < kHeld; ++k) {
+    const uint32_t i = threadIdx.x + k * kNormBlock;
+    weights[k] = i < vectors ? weight_of(i) : float4{};
   }
   grid_wait();
   stamp_begin(a.stamp);
@@ -146,36 +148,33 @@ __global__ void __launch_bounds__(kBlock) rms_norm_kernel(RmsNorm a) {
     part.sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
     part.max = fmaxf(part.max, largest_of(times(x, weight)));
   };
-  const auto weight_of = [&](uint32_t i) {
-    return a.weight == nullptr ? float4{1.0f, 1.0f, 1.0f, 1.0f} : load4<kAligned>(a.weight, i, a.width);
-  };
 #pragma unroll
-  for (uint32_t k = 0; k < kEarly; ++k) {
-    const uint32_t i = threadIdx.x + k * kBlock;
-    if (i < vectors) add(load4<kAligned>(in, i, a.width), early[k]);
+  for (uint32_t k = 0; k < kHeld; ++k) {
+    const uint32_t i = threadIdx.x + k * kNormBlock;
+    held[k] = i < vectors ? load4<kAligned>(in, i, a.width) : float4{};
   }
-  for (uint32_t i = threadIdx.x + kEarly * kBlock; i < vectors; i += kBlock) {
+#pragma unroll
+  for (uint32_t k = 0; k < kHeld; ++k) add(held[k], weights[k]);
+  for (uint32_t i = threadIdx.x + kHeld * kNormBlock; i < vectors; i += kNormBlock) {
     add(load4<kAligned>(in, i, a.width), weight_of(i));
   }
   const SumAndMax all = block_reduce(part);
   const float factor = 1.0f / sqrtf(all.sum / static_cast<float>(a.width) + a.eps);
   const float scale = scale_for(all.max * factor);
-  __half* out = a.out + size_t{row} * x_stride(a.width);
-  const auto write = [&](uint32_t i, float4 weight) {
-    float4 y = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (i < vectors) y = times(times(load4<kAligned>(in, i, a.width), weight), factor / scale);
-    store4(out, i, y);
+  __half* out = a.out + (size_t{blockIdx.y} * a.rows + row) * x_stride(a.width);
+  const auto write = [&](uint32_t i, float4 x, float4 weight) {
+    store4(out, i, i < vectors ? times(times(x, weight), factor / scale) : float4{});
   };
   const uint32_t padded = x_stride(a.width) / 4;
 #pragma unroll
-  for (uint32_t k = 0; k < kEarly; ++k) {
-    const uint32_t i = threadIdx.x + k * kBlock;
-    if (i < padded) write(i, early[k]);
+  for (uint32_t k = 0; k < kHeld; ++k) {
+    const uint32_t i = threadIdx.x + k * kNormBlock;
+    if (i < padded) write(i, held[k], weights[k]);
   }
-  for (uint32_t i = threadIdx.x + kEarly * kBlock; i < padded; i += kBlock) {
-    write(i, i < vectors ? weight_of(i) : float4{});
+  for (uint32_t i = threadIdx.x + kHeld * kNormBlock; i < padded; i += kNormBlock) {
+    write(i, i < vectors ? load4<kAligned>(in, i, a.width) : float4{}, i < vectors ? weight_of(i) : float4{});
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && blockIdx.y == 0) {
     a.row_scale[row] = scale;
     stamp_end(a.stamp);
   }
@@ -311,8 +310,8 @@ cudaError_t launch_begin_pass(const BeginPass& args, cudaStream_t stream) {
 
 cudaError_t launch_rms_norm(const RmsNorm& args, cudaStream_t stream) {
   if (args.rows == 0 || args.width == 0) return cudaErrorInvalidValue;
-  return launch(is_aligned(args.width) ? rms_norm_kernel<true> : rms_norm_kernel<false>, dim3(args.rows),
-                kBlock, args, stream);
+  return launch(is_aligned(args.width) ? rms_norm_kernel<true> : rms_norm_kernel<false>, dim3(args.rows, args.copies),
+                kNormBlock, args, stream);
 }
 
 cudaError_t launch_swiglu(const Swiglu& args, cudaStream_t stream) {

@@ -60,7 +60,8 @@ struct RmsNorm {
   const float* weight = nullptr;              // [width]; null: 1
   float eps = 0;
   uint32_t rows = 0, width = 0;
-  __half* out = nullptr;                      // [rows][x_stride(width)]
+  __half* out = nullptr;                      // [copies][rows][x_stride(width)]
+  uint32_t copies = 1;                        // of all rows, the same each time (MatmulCall::x_copies)
   float* row_scale = nullptr;                 // [rows]
   Stamp* stamp = nullptr;
   bool programmatic = false;

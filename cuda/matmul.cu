@@ -48,6 +48,7 @@ bool valid_part(const MatmulCall& call, const MatmulPart& part) {
 bool valid(const MatmulCall& call) {
   if (call.x == nullptr || !aligned16(call.x) || call.rows == 0 || call.rows > kMatmulMaxRows) return false;
   if (call.parts == 0 || call.parts > kMatmulParts) return false;
+  if (call.x_copies == 0 || (call.x_copies & (call.x_copies - 1)) != 0 || call.x_copy_elems % 8 != 0) return false;
   if (call.ldx % 64 != 0 || call.ldx < call.part[0].weight.cols) return false;
   for (uint32_t i = 0; i < call.parts; ++i) {
     if (!valid_part(call, call.part[i])) return false;
@@ -111,6 +112,8 @@ cudaError_t run_matvec(const MatmulCall& call, cudaStream_t stream) {
     tile += (from.weight.rows + 15) / 16;
   }
   args.x = call.x;
+  args.x_copies = call.x_copies;
+  args.x_copy_elems = call.x_copy_elems;
   args.row_scale = call.row_scale;
   args.counters = static_cast<uint32_t*>(call.workspace);
   args.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kMatmulCounterBytes);

@@ -42,6 +42,10 @@ inline constexpr uint32_t kMatmulMaxRows = 2048;
 struct MatmulCall {
   const __half* x = nullptr;         // [rows][ldx], 16-byte aligned; columns cols..ldx-1 are zero and finite
   uint32_t ldx = 0;                  // halves: cols rounded up to a multiple of 64, or a larger multiple of 64
+  // 1 or 2 rows: so many times the same x, a power of two, x_copy_elems apart. Blocks of the matvec spread over them:
+  // hundreds of them ask for the same lines at once.
+  uint32_t x_copies = 1;
+  uint64_t x_copy_elems = 0;
   const float* row_scale = nullptr;  // [rows] powers of two: the activations are x * row_scale; null: all 1
   uint32_t rows = 0;                 // 1..kMatmulMaxRows
   uint32_t parts = 0;                // 1..kMatmulParts; all have the same cols

@@ -14,15 +14,10 @@
 // w has tiles 2w and 2w + 1 (f16: w) of 32 (16); on sm_75 to sm_89 an int4 unit is one step, with tiles 4w to 4w + 3.
 // What a row of x gives does not depend on the rows beside it: the columns of a product with 8 are independent.
 //
-// Two ways to hold x, which give the same bits:
-//   8 columns  in registers (B fragments, 32 of them; rows that are not there are zero), one block on a multiprocessor.
-//              A slot of the ring holds all of an int4 unit (32 KiB). Four warps a scheduler are what it takes:
-//              unpacking and multiplying a warp's share is one chain of some hundred instructions, and with two the
-//              chain was the bound on an H200, at 60% of the memory's rate.
-//   2 columns  in shared memory, each warp its own part (1 or 2 rows, int4, sm_90). That leaves room for two blocks on
-//              a multiprocessor, of 56 registers a thread: while one begins, ends or waits for its other warps, the
-//              second goes on, and a block of the next product begins where the first of them ends. A slot holds a
-//              step. On an H200 8192 x 8192 takes 11.6 us instead of 13.5, 28672 x 8192 31.4 instead of 33.5.
+// x lies in registers (B fragments, 32 of them; rows that are not there are zero), one block on a multiprocessor, and a
+// slot of the ring holds all of an int4 unit (32 KiB). Four warps a scheduler are what it takes: unpacking and
+// multiplying a warp's share is one chain of some hundred instructions, and with two the chain was the bound on an H200,
+// at 60% of the memory's rate. For 1 and 2 rows of int4 on sm_90 there is matvec_few.cuh, with another schedule.
 //
 //             slab 0                          slab 1
 //      +---+---+---+---+- -+---+      +---+---+---+- -+---+
@@ -38,9 +33,9 @@
 //
 // Steps go through a ring in shared memory. On sm_90 a warp of its own asks the bulk copy engine for each step, which
 // is one run of memory for values and one for scales; the ring fills while the kernel in front is still running,
-// because weights do not depend on activations, and the activations of later slabs come through it as well. Three units
-// deep: with more, what the ring asks for while a small kernel runs in front delays that kernel by more than it brings
-// (a norm takes 1.9 us with two, 3 with three or four, 5 with five; a pass of a 70B's layers is shortest with three).
+// because weights do not depend on activations. A slab's activations come into a place of their own. The ring is three
+// units deep, of which two are on their way at most: what the kernel in front stores last, and the first activations,
+// wait behind all that was asked for.
 // On sm_80 to sm_89 every warp copies its own share with cp.async.
 //
 // The sixteen warps' sums of a unit meet in shared memory. Four warps add them, a quarter of the block for each unit in
@@ -48,7 +43,7 @@
 // five places. A warp waits once in four units, for all warps to have come that far; so when it arrives at unit u + 4,
 // unit u's barrier is over, and when it writes unit u + 5's sums, those of u have been read.
 //
-// Geometry: min(row tiles or U, one or two for each multiprocessor) blocks of 544 threads.
+// Geometry: min(row tiles or U, multiprocessors) blocks of 544 threads.
 // Bytes moved: values + scales, once; x once per block and slab, out of L2.
 // Compiled: int4 (symmetric, zeros, bias) and int8 with folds of 32, 64, 128 columns (64 also serves groups of 128
 // where shares are odd), f16, bf16.
@@ -66,8 +61,8 @@ inline constexpr uint32_t kMatvecThreads = kMatvecWarps * 32;
 inline constexpr uint32_t kSliceTiles = 4;            // of 64 columns, a warp's share of a slab
 inline constexpr uint32_t kMostRingBytes = 96 << 10;  // of values
 inline constexpr uint32_t kMostDepth = 6;             // slots in the ring
-inline constexpr uint32_t kFewRows = 2;               // of x, that lie in shared memory
-inline constexpr uint32_t kFewestSlots = 4;           // in a ring of one of two blocks
+
+inline constexpr uint32_t kWindow = 2;                // steps on their way at most (sm_90)
 
 // kBytes: of 16 rows x 64 columns. kShareTiles: a warp's in a step (share_tiles() of matmul.cu).
 template <WeightFormat kFormat>
@@ -114,28 +109,28 @@ struct MatvecArgs {
     float scale;
   } part[kMatmulParts];
   const __half* x;
+  uint64_t x_copy_elems;  // from one copy of x to the next
   const float* row_scale;
   float* partial;
   uint32_t* counters;  // one per row tile
-  uint32_t ldx, rows, parts, row_tiles, slabs, units;
+  uint32_t x_copies, ldx, rows, parts, row_tiles, slabs, units;
   uint32_t col_tiles;          // of 64 columns
   uint32_t steps, step_tiles;  // of a unit; of a warp's share of a step
   uint32_t value_row_bytes;    // of one row tile
   uint32_t groups, group_shift;  // per row; log2(group)
-  uint32_t x_rows;             // of x in one slot
+  uint32_t x_bytes;            // of a slab's x in shared memory (sm_90)
   SlotLayout slot;
   uint32_t share, longer;  // row tiles or units of a block; blocks that have one more, the first ones
-  uint32_t depth;    // slots of the ring
-  uint32_t x_bytes;  // of x in shared memory
+  uint32_t depth;          // slots of the ring
+  uint32_t window;         // sm_90: steps on their way at most
+  uint32_t kept;           // matvec_few.cuh: row tiles that sums so far are kept of
   bool owns_rows, accumulate, weights_early, clear_ring;
 };
 
 namespace matvec {
 
 inline constexpr uint32_t kThreads = kMatvecThreads + 32;  // and the producer, idle before sm_90
-// Of a thread. Beside a block with x in registers there is room for one of attention.
-template <uint32_t kColumns>
-inline constexpr uint32_t kRegisters = kColumns == kFewRows ? 56 : 80;
+inline constexpr uint32_t kRegisters = 80;  // of a thread: beside a block there is room for one of attention
 inline constexpr uint32_t kQuarters = 4, kQuarterWarps = kMatvecWarps / kQuarters;
 // Places for sums. Before sm_90 one will do: all warps meet in every step.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -143,9 +138,7 @@ inline constexpr uint32_t kSumSets = 1;
 #else
 inline constexpr uint32_t kSumSets = 5;
 #endif
-template <uint32_t kColumns>
-inline constexpr uint32_t kSumBytes = kMatvecWarps * 16 * kColumns * 4;  // of one
-inline constexpr uint32_t kXPitch = kSliceTiles * 128 + 16;  // of a row of a warp's x in shared memory, off the banks
+inline constexpr uint32_t kSumBytes = kMatvecWarps * 128 * 4;       // of one
 inline constexpr uint32_t kXSumBytes = kMatvecWarps * 8 * 8 * 4;    // sums of x, only where weights have a bias
 inline constexpr uint32_t kListBytes = kMatvecThreads * 4;
 
@@ -157,6 +150,11 @@ __device__ __forceinline__ void sums_arrive(uint32_t quarter) {
 }
 __device__ __forceinline__ void sums_wait(uint32_t quarter) {
   asm volatile("bar.sync %0, %1;" ::"r"(2 + quarter), "n"(kMatvecThreads) : "memory");
+}
+
+// Out of the compiler's sight: left to itself it asks special registers anew in every unit to save one register.
+__device__ __forceinline__ uint32_t in_register(uint32_t value) {
+  return __shfl_sync(0xffffffffu, value, threadIdx.x & 31);
 }
 
 // what(0) to what(kCount - 1), the numbers known to the compiler.
@@ -196,7 +194,7 @@ struct Walk {
   }
 };
 
-// The run of memory that is a step of a unit.
+// The run of memory that is a step of a unit. of_call: the row tile, counted through all parts.
 // kMerged: both steps of a unit in one.
 template <WeightFormat kFormat, GroupForm kForm, bool kMerged>
 struct Step {
@@ -205,12 +203,12 @@ struct Step {
   const uint8_t *values, *scales, *extra;  // extra: zeros or bias
   uint32_t bytes, groups;
 
-  __device__ __forceinline__ Step(const MatvecArgs& a, const Walk& at, uint32_t step) {
-    const MatvecArgs::Part& p = a.part[part_of(a, at.row_tile)];
+  __device__ __forceinline__ Step(const MatvecArgs& a, uint32_t of_call, uint32_t slab, uint32_t step) {
+    const MatvecArgs::Part& p = a.part[part_of(a, of_call)];
     const uint32_t tiles = kMatvecWarps * a.step_tiles * (kMerged ? a.steps : 1);
-    const uint32_t first = min(a.col_tiles, (at.slab * (kMerged ? 1 : a.steps) + step) * tiles);
+    const uint32_t first = min(a.col_tiles, (slab * (kMerged ? 1 : a.steps) + step) * tiles);
     const uint32_t last = min(a.col_tiles, first + tiles);
-    const uint64_t row_tile = at.row_tile - p.first_tile;
+    const uint64_t row_tile = of_call - p.first_tile;
     bytes = min(last * kTile, a.value_row_bytes) - min(first * kTile, a.value_row_bytes);
     values = p.values + row_tile * a.value_row_bytes + first * kTile;
     groups = 0;
@@ -230,7 +228,7 @@ struct Step {
   }
 };
 
-// Bytes from one row of a slab's x to the next in a slot: padded off the banks.
+// Bytes from one row of a slab's x to the next in shared memory: padded off the banks.
 __device__ __forceinline__ uint32_t x_stride(const MatvecArgs& a) {
   return a.steps * a.step_tiles * kMatvecWarps * 128 + 16;
 }
@@ -247,30 +245,39 @@ struct Place {
 };
 
 #if __CUDA_ARCH__ >= 900
-// The producer's whole life, by one thread: every step of every unit, and in front of each slab but the first its
-// activations.
+// Asks for a slab's activations. Blocks begin with different rows: they all ask at once.
+__device__ __forceinline__ void ask_activations(const MatvecArgs& a, uint32_t slab, uint32_t x, uint32_t x_full) {
+  const uint32_t tiles = a.steps * a.step_tiles * kMatvecWarps, first = slab * tiles;
+  const uint32_t bytes = (min(a.col_tiles, first + tiles) - first) * 128;
+  barrier_expect(x_full, bytes * a.rows);
+  uint32_t row = blockIdx.x % a.rows;
+  for (uint32_t i = 0; i < a.rows; ++i) {
+    bulk_copy(x + row * x_stride(a), a.x + uint64_t{row} * a.ldx + first * 64, bytes, x_full, evict_last_policy());
+    row = row + 1 == a.rows ? 0 : row + 1;
+  }
+}
+
+// The producer's whole life, by one thread: every step of every unit, at most `window` on their way, and activations
+// of each slab but the first as soon as those of the slab before have been taken.
 template <WeightFormat kFormat, GroupForm kForm, bool kMerged>
-__device__ __forceinline__ void produce(const MatvecArgs& a, uint32_t ring, uint32_t full, uint32_t empty) {
+__device__ __forceinline__ void produce(const MatvecArgs& a, uint32_t ring, uint32_t full, uint32_t empty, uint32_t x,
+                                        uint32_t x_full, uint32_t x_empty) {
   using S = Step<kFormat, kForm, kMerged>;
   const uint64_t policy = evict_first_policy();
-  Place place;
-  uint32_t filled = 0;
-  bool waited = false;
-  const auto wait = [&] {
-    if (!waited) wait_for_previous_kernel();
-    waited = true;
-  };
-  const auto next_slot = [&] {
-    if (filled++ >= a.depth) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
-    return ring + place.slot * a.slot.bytes;
-  };
-  if (!a.weights_early) wait();
+  Place place, here;  // here: what must have come before the next is asked for
+  uint32_t filled = 0, slabs_taken = 0;
   Walk walk(a);
+  if (!a.weights_early) wait_for_previous_kernel();
   while (walk.left != 0) {
 #pragma unroll 1
     for (uint32_t step = 0; step < (kMerged ? 1 : a.steps); ++step) {
-      const S s(a, walk, step);
-      const uint32_t slot = next_slot(), barrier = full + place.slot * 8;
+      const S s(a, walk.row_tile, walk.slab, step);
+      if (filled >= a.window) {
+        barrier_wait(full + here.slot * 8, here.parity);
+        here.next(a.depth);
+      }
+      if (filled++ >= a.depth) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
+      const uint32_t slot = ring + place.slot * a.slot.bytes, barrier = full + place.slot * 8;
       barrier_expect(barrier, s.bytes + s.groups * (32 + S::kExtraBytes));
       if (s.bytes != 0) bulk_copy(slot, s.values, s.bytes, barrier, policy);
       if (s.groups != 0) bulk_copy(slot + a.slot.scales, s.scales, s.groups * 32, barrier, policy);
@@ -280,19 +287,8 @@ __device__ __forceinline__ void produce(const MatvecArgs& a, uint32_t ring, uint
       place.next(a.depth);
     }
     if (!walk.next()) continue;
-    wait();
-    const uint32_t tiles = a.steps * a.step_tiles * kMatvecWarps, first = walk.slab * tiles;
-    const uint32_t bytes = (min(a.col_tiles, first + tiles) - first) * 128;
-#pragma unroll 1
-    for (uint32_t row = 0; row < a.rows; row += a.x_rows) {
-      const uint32_t slot = next_slot(), barrier = full + place.slot * 8, rows = min(a.rows - row, a.x_rows);
-      barrier_expect(barrier, bytes * rows);
-      for (uint32_t i = 0; i < rows; ++i) {
-        bulk_copy(slot + i * x_stride(a), a.x + uint64_t{row + i} * a.ldx + first * 64, bytes, barrier,
-                  evict_last_policy());
-      }
-      place.next(a.depth);
-    }
+    barrier_wait(x_empty, slabs_taken++ & 1);
+    ask_activations(a, walk.slab, x, x_full);
   }
 }
 #else
@@ -301,7 +297,7 @@ template <WeightFormat kFormat, GroupForm kForm>
 __device__ __forceinline__ void copy_share(const MatvecArgs& a, const Walk& at, uint32_t step, uint8_t* slot,
                                            uint32_t warp, uint32_t lane) {
   using S = Step<kFormat, kForm, false>;
-  const S s(a, at, step);
+  const S s(a, at.row_tile, at.slab, step);
   const uint32_t share = a.step_tiles * S::kTile, begin = warp * share, end = min(s.bytes, begin + share);
   for (uint32_t i = begin + lane * 16; i < end; i += 512) copy16(shared_address(slot + i), s.values + i, true);
   if constexpr (S::kGrouped) {
@@ -345,8 +341,6 @@ __device__ __forceinline__ uint32_t first_tile_of(const MatvecArgs& a, uint32_t 
 template <WeightFormat kFormat>
 class XInRegisters {
  public:
-  __device__ __forceinline__ XInRegisters(const MatvecArgs&, uint8_t*, uint32_t, uint32_t) {}
-
   __device__ __forceinline__ void load(const MatvecArgs& a, uint32_t slab, uint32_t warp, uint32_t lane) {
     const uint32_t g = lane >> 2, t = lane & 3, first = first_tile_of(a, slab);
     const __half* row = a.x + uint64_t{min(g, a.rows - 1)} * a.ldx + t * 2;
@@ -362,13 +356,11 @@ class XInRegisters {
     }
   }
 
-  // Rows row..row+x_rows-1 of the slab's x out of a slot of the ring; the others stay. Lanes g of those rows alone take
-  // what ldmatrix gives; the addresses of the others repeat them. x_rows: a power of two.
-  __device__ __forceinline__ void take(const MatvecArgs& a, uint32_t slab, uint32_t slot, uint32_t row, uint32_t warp,
+  // The slab's x out of shared memory.
+  __device__ __forceinline__ void take(const MatvecArgs& a, uint32_t slab, uint32_t memory, uint32_t warp,
                                        uint32_t lane) {
     const uint32_t g = lane >> 2, first = first_tile_of(a, slab);
-    const bool mine = g >= row && g < row + a.x_rows;
-    const uint32_t from = slot + (lane & (a.x_rows - 1)) * x_stride(a) + (lane >> 3) * 16;
+    const uint32_t from = memory + min(lane & 7, a.rows - 1) * x_stride(a) + (lane >> 3) * 16;
 #pragma unroll
     for (uint32_t i = 0; i < kSliceTiles; ++i) {
       const uint32_t tile = tile_in_slab<kFormat>(a, warp, i);
@@ -380,8 +372,8 @@ class XInRegisters {
       }
 #pragma unroll
       for (uint32_t c = 0; c < 4; ++c) {
-        if (mine) b_[i][c / 2][c % 2] = g < a.rows ? low[c] : 0;
-        if (mine) b_[i][2 + c / 2][c % 2] = g < a.rows ? high[c] : 0;
+        b_[i][c / 2][c % 2] = g < a.rows ? low[c] : 0;
+        b_[i][2 + c / 2][c % 2] = g < a.rows ? high[c] : 0;
       }
     }
   }
@@ -395,51 +387,6 @@ class XInRegisters {
 
  private:
   uint32_t b_[kSliceTiles][4][2];
-};
-
-// ... in shared memory, [rows][kXPitch] of the warp's own. Operands of rows that are not there repeat the last one: what
-// they give, nobody takes.
-template <WeightFormat kFormat>
-class XInShared {
- public:
-  __device__ __forceinline__ XInShared(const MatvecArgs& a, uint8_t* memory, uint32_t warp, uint32_t lane)
-      : mine_(memory + warp * a.rows * kXPitch + lane * 16),
-        operands_(shared_address(memory) + (warp * a.rows + min(lane & 7, a.rows - 1)) * kXPitch + (lane >> 3) * 16) {}
-
-  __device__ __forceinline__ void load(const MatvecArgs& a, uint32_t slab, uint32_t warp, uint32_t lane) {
-    const uint32_t tile = tile_in_slab<kFormat>(a, warp, lane >> 3), first = first_tile_of(a, slab);
-    const bool there = tile != ~0u && first + tile < a.col_tiles;
-    const __half* from = a.x + uint64_t{first + tile} * 64 + (lane & 7) * 8;
-#pragma unroll
-    for (uint32_t row = 0; row < kFewRows; ++row) {
-      if (row >= a.rows) break;
-      *reinterpret_cast<uint4*>(mine_ + row * kXPitch) =
-          there ? __ldcg(reinterpret_cast<const uint4*>(from + uint64_t{row} * a.ldx)) : make_uint4(0, 0, 0, 0);
-    }
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void take(const MatvecArgs& a, uint32_t slab, uint32_t slot, uint32_t row, uint32_t warp,
-                                       uint32_t lane) {
-    const uint32_t tile = tile_in_slab<kFormat>(a, warp, lane >> 3);
-    const bool there = tile != ~0u && first_tile_of(a, slab) + tile < a.col_tiles;
-    const uint32_t from = slot + tile * 128 + (lane & 7) * 16, rows = min(a.rows - row, a.x_rows);
-    __syncwarp();  // the slab before is done with
-    for (uint32_t i = 0; i < rows; ++i) {
-      *reinterpret_cast<uint4*>(mine_ + (row + i) * kXPitch) =
-          there ? load_shared16(from + i * x_stride(a)) : make_uint4(0, 0, 0, 0);
-    }
-    __syncwarp();
-  }
-
-  template <uint32_t kTile, uint32_t kHalf>
-  __device__ __forceinline__ void get(uint32_t (&b)[4]) const {
-    load_operands(b, operands_ + kTile * 128 + kHalf * 64);
-  }
-
- private:
-  uint8_t* mine_;
-  uint32_t operands_;
 };
 
 // Sums of x over each fold of the share: sums[fold][row of x].
@@ -610,35 +557,30 @@ __device__ __forceinline__ void finish_row_tiles(const MatvecArgs& a, uint32_t f
   }
 }
 
-// With x in registers a slot holds all of a unit of int4: half as many waits. With two blocks on a multiprocessor there
-// is no room for that, and somebody else to go on meanwhile.
-template <WeightFormat kFormat, uint32_t kColumns>
+// A slot holds all of a unit of int4: half as many waits.
+template <WeightFormat kFormat>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 inline constexpr bool merges_steps = false;
 #else
-inline constexpr bool merges_steps = kFormat == WeightFormat::int4 && kColumns != kFewRows;
+inline constexpr bool merges_steps = kFormat == WeightFormat::int4;
 #endif
 
-// kColumns: rows of x that sums are kept for, 8 with x in registers or kFewRows with x in shared memory.
-template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm, uint32_t kColumns>
-__global__ void __maxnreg__(kRegisters<kColumns>) matvec_kernel(const __grid_constant__ MatvecArgs a) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if (kColumns == kFewRows) return;  // never launched
-#endif
+template <WeightFormat kFormat, uint32_t kFold, GroupForm kForm>
+__global__ void __maxnreg__(kRegisters) matvec_kernel(const __grid_constant__ MatvecArgs a) {
   constexpr uint32_t kXSums = kForm == GroupForm::bias ? kXSumBytes : 0;
+  constexpr bool kMerged = merges_steps<kFormat>;
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ uint64_t barriers[2 * kMostDepth];
+  __shared__ uint64_t barriers[2 * kMostDepth + 2];
   // Broadcast, so that the compiler knows it is one for all lanes and keeps addresses in uniform registers.
   const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  constexpr uint32_t kLanes = kColumns / 2;  // of four, those whose sums are kept
-  constexpr bool kFew = kColumns == kFewRows, kMerged = merges_steps<kFormat, kColumns>;
-  float* sums = reinterpret_cast<float*>(shared);  // [set][warp][g][kLanes][4]
-  uint32_t* last_list = reinterpret_cast<uint32_t*>(shared + kSumSets * kSumBytes<kColumns>);
-  uint8_t* behind_list = shared + kSumSets * kSumBytes<kColumns> + kListBytes;
+  float* sums = reinterpret_cast<float*>(shared);  // [set][warp][lane][4]
+  uint32_t* last_list = reinterpret_cast<uint32_t*>(shared + kSumSets * kSumBytes);
+  uint8_t* behind_list = shared + kSumSets * kSumBytes + kListBytes;
   float* x_sums = reinterpret_cast<float*>(behind_list) + warp * 64;
   uint8_t* x_memory = behind_list + kXSums;
   uint8_t* ring = x_memory + a.x_bytes;
-  [[maybe_unused]] const uint32_t full = shared_address(barriers), empty = full + kMostDepth * 8;
+  [[maybe_unused]] const uint32_t full = in_register(shared_address(barriers)), empty = full + kMostDepth * 8;
+  [[maybe_unused]] const uint32_t x_full = empty + kMostDepth * 8, x_empty = x_full + 8;
   let_next_kernel_start();
   if (a.clear_ring) {
     // Parts of a slot that no step fills meet zero activations; they must not be NaN for that.
@@ -651,12 +593,16 @@ __global__ void __maxnreg__(kRegisters<kColumns>) matvec_kernel(const __grid_con
       barrier_init(full + i * 8, 1);
       barrier_init(empty + i * 8, kMatvecWarps);
     }
+    barrier_init(x_full, 1);
+    barrier_init(x_empty, kMatvecWarps);
     barrier_init_fence();
   }
   async_proxy_fence();
   __syncthreads();
   if (warp == kMatvecWarps) {
-    if (lane == 0) produce<kFormat, kForm, kMerged>(a, shared_address(ring), full, empty);
+    if (lane == 0) {
+      produce<kFormat, kForm, kMerged>(a, shared_address(ring), full, empty, shared_address(x_memory), x_full, x_empty);
+    }
     return;
   }
 #else
@@ -679,6 +625,10 @@ __global__ void __maxnreg__(kRegisters<kColumns>) matvec_kernel(const __grid_con
   Walk walk(a);
   const uint32_t units = walk.left, first_unit = walk.slab * a.row_tiles + walk.row_tile;
   wait_for_previous_kernel();
+#if __CUDA_ARCH__ >= 900
+  // By this thread and not the producer, who may be waiting for weights.
+  if (threadIdx.x == 0) ask_activations(a, walk.slab, shared_address(x_memory), x_full);
+#endif
 
   Place place;
   const auto wait_slot = [&] {
@@ -699,21 +649,33 @@ __global__ void __maxnreg__(kRegisters<kColumns>) matvec_kernel(const __grid_con
 #endif
     place.next(a.depth);
   };
-  std::conditional_t<kFew, XInShared<kFormat>, XInRegisters<kFormat>> x(a, x_memory, warp, lane);
-  x.load(a, walk.slab, warp, lane);
+  XInRegisters<kFormat> x;
+  [[maybe_unused]] uint32_t x_parity = 0;
+  const auto take_x = [&] {
+#if __CUDA_ARCH__ >= 900
+    barrier_wait(x_full, x_parity);
+    x_parity ^= 1;
+    x.take(a, walk.slab, shared_address(x_memory), warp, lane);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(x_empty);
+#else
+    x.load(a, walk.slab, warp, lane);
+#endif
+  };
+  take_x();
   if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
+  // This thread's output, if its quarter adds: at / 4 is the lane that had it, at % 4 which of the four.
+  const uint32_t at = in_register(threadIdx.x & 127);
+  const auto has_row = [&] { return 2 * ((at >> 2) & 3) + (at & 1) < a.rows; };
   uint32_t quarter = 0, set = 0;  // of the unit
 #pragma unroll 1
   while (walk.left != 0) {
-    // This thread's output, if its quarter adds: at / 4 is the lane that had it, at % 4 which of the four. And what the
-    // slab before left of it: left by this very thread, since quarters begin anew with each slab.
-    const uint32_t kept = threadIdx.x & (16 * kColumns - 1);  // of the sums that are kept, and of all 128
-    const uint32_t at = kept / (4 * kLanes) * 16 + kept % (4 * kLanes);
-    const bool waits = warp / kQuarterWarps == quarter, adds = waits && warp % kQuarterWarps < kColumns / 2;
-    const bool mine = adds && 2 * ((at >> 2) & 3) + (at & 1) < a.rows;
+    // What the slab before left of this thread's output: left by this very thread, since quarters begin anew with each
+    // slab.
+    const bool adds = warp / kQuarterWarps == quarter;
     float before = 0;
-    if (adds && a.owns_rows && walk.slab > 0) {
-      if (mine) before = __ldcg(a.partial + uint64_t{walk.row_tile} * 128 + at);
+    if (adds && walk.slab > 0 && a.owns_rows && has_row()) {
+      before = __ldcg(a.partial + uint64_t{walk.row_tile} * 128 + at);
     }
     float total[4] = {0, 0, 0, 0};
     const auto multiply = [&](auto step) {
@@ -736,21 +698,19 @@ __global__ void __maxnreg__(kRegisters<kColumns>) matvec_kernel(const __grid_con
         release_slot();
       });
     }
-    float* unit_sums = sums + set * kMatvecWarps * 16 * kColumns;
-    if ((lane & 3) < kLanes) {
-      *reinterpret_cast<float4*>(unit_sums + warp * 16 * kColumns + ((lane >> 2) * kLanes + (lane & 3)) * 4) =
-          make_float4(total[0], total[1], total[2], total[3]);
-    }
-    if (waits) sums_wait(quarter);
-    else sums_arrive(quarter);
-    if (adds) {
+    float* unit_sums = sums + set * kMatvecWarps * 128;
+    *reinterpret_cast<float4*>(unit_sums + warp * 128 + lane * 4) = make_float4(total[0], total[1], total[2], total[3]);
+    if (!adds) {
+      sums_arrive(quarter);
+    } else {
+      sums_wait(quarter);
       float sum = 0;
 #pragma unroll
-      for (uint32_t w = 0; w < kMatvecWarps; ++w) sum += unit_sums[w * 16 * kColumns + kept];
+      for (uint32_t w = 0; w < kMatvecWarps; ++w) sum += unit_sums[w * 128 + at];
       sum += before;
-      if (mine && a.owns_rows && walk.slab + 1 == a.slabs) {
+      if (a.owns_rows && walk.slab + 1 == a.slabs) {
         write_out(a, walk.row_tile, at, sum);
-      } else if (mine) {
+      } else if (has_row()) {
         a.partial[(uint64_t{a.owns_rows ? 0 : walk.slab} * a.row_tiles + walk.row_tile) * 128 + at] = sum;
       }
     }
@@ -759,15 +719,7 @@ __global__ void __maxnreg__(kRegisters<kColumns>) matvec_kernel(const __grid_con
     if (walk.next()) {
       sync_warps();
       quarter = 0;
-#if __CUDA_ARCH__ >= 900
-      for (uint32_t row = 0; row < a.rows; row += a.x_rows) {
-        wait_slot();
-        x.take(a, walk.slab, shared_address(ring + place.slot * a.slot.bytes), row, warp, lane);
-        release_slot();
-      }
-#else
-      x.load(a, walk.slab, warp, lane);
-#endif
+      take_x();
       if (kForm == GroupForm::bias) sum_activations<kFold>(x, lane, x_sums);
     }
   }

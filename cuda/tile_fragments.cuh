@@ -158,6 +158,17 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_shared1(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ float load_shared_half(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+  return __half2float(__ushort_as_half(v));
+}
+
 // 16 bytes of activations: out of L2, which is asked to keep them while weights stream through it.
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ uint64_t evict_last_policy() {

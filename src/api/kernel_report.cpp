@@ -52,8 +52,9 @@ const Tensor* find(const storage::Manifest& manifest, Role role, int32_t layer) 
 
 std::vector<KernelShape> kernel_shapes(const storage::Manifest& manifest) {
   std::vector<KernelShape> shapes;
-  const auto add = [&](int32_t layer, std::initializer_list<Role> roles) {
+  const auto add = [&](int32_t layer, bool reads_norm, std::initializer_list<Role> roles) {
     KernelShape shape;
+    shape.shape.reads_norm = reads_norm;
     for (const Role role : roles) {
       if (const Tensor* tensor = find(manifest, role, layer)) add_matrix(shape, *tensor);
     }
@@ -62,12 +63,12 @@ std::vector<KernelShape> kernel_shapes(const storage::Manifest& manifest) {
     if (!shape.shape.matrices.empty() && known == shapes.end()) shapes.push_back(std::move(shape));
   };
   for (int32_t layer = 0; layer < static_cast<int32_t>(manifest.hyper.layers); ++layer) {
-    add(layer, {Role::q, Role::k, Role::v});
-    add(layer, {Role::o});
-    add(layer, {Role::gate, Role::up});
-    add(layer, {Role::down});
+    add(layer, true, {Role::q, Role::k, Role::v});
+    add(layer, false, {Role::o});
+    add(layer, true, {Role::gate, Role::up});
+    add(layer, false, {Role::down});
   }
-  add(-1, {Role::lm_head});
+  add(-1, true, {Role::lm_head});
   return shapes;
 }
 

@@ -142,6 +142,23 @@ TEST_CASE("RMSNorm gives what double gives, for every width, with and without a 
   }
 }
 
+TEST_CASE("copies of a norm are the same bits") {
+  std::mt19937 random = seeded();
+  for (const uint32_t width : kWidths) {
+    const uint32_t rows = 2, copies = 4;
+    const size_t elems = size_t{rows} * x_stride(width);
+    const Device<float> in(random_floats(size_t{rows} * width, 1.0f, random)), scale(rows);
+    const Device<__half> out(copies * elems);
+    check(launch_rms_norm({.in = in.get(), .eps = 1e-5f, .rows = rows, .width = width, .out = out.get(),
+                           .copies = copies, .row_scale = scale.get()}, nullptr));
+    const std::vector<__half> all = out.fetch();
+    for (uint32_t copy = 1; copy < copies; ++copy) {
+      INFO("width " << width << ", copy " << copy);
+      CHECK(std::memcmp(all.data(), all.data() + copy * elems, elems * sizeof(__half)) == 0);
+    }
+  }
+}
+
 TEST_CASE("SwiGLU gives what double gives, scales rows that FP16 does not hold, and leaves its counters zero") {
   std::mt19937 random = seeded();
   for (const uint32_t width : kWidths) {

@@ -263,9 +263,11 @@ std::vector<WeightShape> small_shapes() {
   return shapes;
 }
 
-// Every multiprocessor at work, several slabs, odd slices (14336), more row tiles than blocks.
+// Every multiprocessor at work, several slabs, odd slices (14336), more row tiles than blocks, and so many that blocks
+// take some by a counter.
 std::vector<WeightShape> large_shapes() {
   return {{4112, 8192, Kind::int4, 128},      {2050, 14336, Kind::int4, 128}, {520, 28672, Kind::int4_bias, 32},
+          {13000, 6144, Kind::int4_zeros, 64}, {20000, 1088, Kind::int4_bias, 32},
           {1030, 8192, Kind::int4_zeros, 64}, {3000, 4096, Kind::int8, 128},  {600, 8192, Kind::int8, 32},
           {700, 8256, Kind::f16, 0},          {700, 4096, Kind::bf16, 0},     {300, 2048, Kind::f32, 0}};
 }
@@ -403,6 +405,32 @@ TEST_CASE("cuda matmul of several matrices gives what one call for each does", "
           }
         }
         CHECK(different == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("copies of x give the bits of one", "[small]") {
+  std::mt19937 random(printed_seed());
+  for (const WeightShape& shape : {WeightShape{33, 4160, Kind::int4_bias, 32}, WeightShape{4112, 576, Kind::int4, 64},
+                                   WeightShape{1030, 14336, Kind::int4, 128}}) {
+    const Problem p = make_problem(shape, 2, random);
+    for (const uint32_t rows : {1u, 2u}) {
+      const std::vector<float> expected = run(p, 0, rows, false);
+      const size_t elems = size_t{2} * p.ldx + 64;  // poison between them
+      const DeviceBuffer copies(4 * elems * sizeof(uint16_t)), out(rows * p.stride() * sizeof(float));
+      for (size_t i = 0; i < 4; ++i) {
+        REQUIRE(cudaMemcpy(copies.as<uint16_t>() + i * elems, p.x_half.as<uint16_t>(),
+                           size_t{2} * p.ldx * sizeof(uint16_t), cudaMemcpyDeviceToDevice) == cudaSuccess);
+      }
+      cuda::MatmulCall call = call_of(p, 0, rows, out.as<float>(), false);
+      call.x = copies.as<__half>();
+      call.x_copies = 4;
+      call.x_copy_elems = elems;
+      REQUIRE(cuda::matmul(call, nullptr) == cudaSuccess);
+      const std::vector<float> got = fetch(out, expected.size());
+      for (uint32_t r = 0; r < rows; ++r) {
+        CHECK(std::memcmp(&got[r * p.stride()], &expected[r * p.stride()], shape.rows * sizeof(float)) == 0);
       }
     }
   }

@@ -23,7 +23,7 @@ namespace sluice::backend::cuda {
 struct MatmulInput {
   const __half* x = nullptr;            // [rows][ldx]
   const float* row_scale = nullptr;     // [rows], or null: all 1
-  uint32_t cols = 0, ldx = 0;
+  uint32_t cols = 0, ldx = 0, copies = 1;   // copies: see RmsNorm
 };
 
 class CudaCalibration final : public Calibration {

@@ -80,6 +80,7 @@ cudaError_t CudaBackend::rms_norm(const Op& op, const Target& target) const {
                           .rows = target.rows,
                           .width = shape_.hidden,
                           .out = scratch<__half>(scratch_.slots[static_cast<size_t>(Slot::normed)]),
+                          .copies = copies_of_normed(target.rows),
                           .row_scale = scratch<float>(scratch_.normed_scale),
                           .stamp = target.stamp,
                           .programmatic = target.programmatic}, target.stream);
@@ -105,7 +106,8 @@ MatmulInput CudaBackend::input(Slot from) const {
 // Matrices that take the same input in the same order go in one call.
 cudaError_t CudaBackend::matmul(const Op& op, const Target& target) const {
   SLUICE_CHECK(op.weight_count >= 1 && op.weight_count <= kMaxWeights);
-  const MatmulInput in = input(op.in);
+  MatmulInput in = input(op.in);
+  if (op.in == Slot::normed) in.copies = copies_of_normed(target.rows);
   if (in.x == nullptr) return cudaErrorNotSupported;  // no such input in any architecture
   for (int first = 0, last = 0; first < op.weight_count; first = last) {
     const Weight& weight = op.weights[first];
@@ -120,6 +122,7 @@ cudaError_t CudaBackend::matmul(const Op& op, const Target& target) const {
            .programmatic = target.programmatic}, target.stream);
       if (code != cudaSuccess) return code;
       ordered.x = gathered;
+      ordered.copies = 1;
     }
     if (const cudaError_t code = multiply(op, first, last, ordered, target); code != cudaSuccess) return code;
   }
@@ -133,6 +136,8 @@ cudaError_t CudaBackend::multiply(const Op& op, int first, int last, const Matmu
   call.row_scale = in.row_scale;
   call.ldx = in.ldx;
   call.rows = target.rows;
+  call.x_copies = in.copies;
+  call.x_copy_elems = uint64_t{target.rows} * in.ldx;
   for (int i = first; i < last; ++i) {
     const Weight& weight = op.weights[i];
     SLUICE_CHECK(weight.cols == width(op.in) && weight.rows == width(op.out[i]) && op.in != op.out[i]);

@@ -13,6 +13,7 @@
 #include "backend/cuda/cublas.hpp"
 #include "backend/cuda/cuda_error.hpp"
 #include "backend/cuda/device.hpp"
+#include "backend/cuda/scratch.hpp"
 #include "backend/cuda/weight_planes.hpp"
 #include "base/check.hpp"
 #include "base/half.hpp"
@@ -35,7 +36,7 @@ constexpr uint64_t kCublasWorkspaceBytes = 64 * kMiB;
 constexpr uint64_t kSinkBytes = 4096;             // read_memory()'s
 constexpr int kWarmUps = 2;
 // Launches of a graph, and its replays: a quarter of a second a figure at most.
-constexpr int kFewestLaunches = 4, kMostLaunches = 40, kReplays = 9;
+constexpr int kFewestLaunches = 4, kMostLaunches = 160, kReplays = 9;
 constexpr double kGraphSeconds = 5e-3;
 
 uint64_t copy_bytes(const BenchShape& shape) {
@@ -145,7 +146,8 @@ Status Bench::allocate(const std::vector<BenchShape>& shapes, const std::vector<
     value_pool_bytes_ = std::max(value_pool_bytes_, copy_bytes(shape));
     number_pool_bytes_ = std::max(number_pool_bytes_, std::max(copy_bytes(shape), parameter_bytes(shape)));
     if (half_bytes(shape) < free / 3) number_pool_bytes_ = std::max(number_pool_bytes_, half_bytes(shape));
-    x_bytes = std::max(x_bytes, uint64_t{max_rows} * sluice::cuda::x_stride(shape.cols) * 2);
+    x_bytes = std::max(x_bytes, std::max(max_rows, kNormedCopies * kCopiedRows) * sluice::cuda::x_stride(shape.cols) *
+                                    sizeof(uint16_t));
     out_bytes = std::max(out_bytes, uint64_t{max_rows} * shape.outputs() * sizeof(float));
     for (const uint32_t rows : row_counts) {
       workspace_bytes_ = std::max(workspace_bytes_, sluice::cuda::matmul_workspace_bytes(call_of(shape, rows, 0)));
@@ -238,6 +240,8 @@ MatmulCall Bench::call_of(const BenchShape& shape, uint32_t rows, int copy) cons
   call.x = reinterpret_cast<const __half*>(x_);
   call.ldx = sluice::cuda::x_stride(shape.cols);
   call.rows = rows;
+  call.x_copies = shape.reads_norm ? copies_of_normed(rows) : 1;
+  call.x_copy_elems = uint64_t{rows} * call.ldx;
   call.programmatic = call.weights_early = device_.programmatic_launch;
   call.workspace = workspace_;
   call.workspace_bytes = workspace_bytes_;

@@ -27,6 +27,7 @@ struct BenchShape {
   };
   std::string name;                   // "q, k, v"
   uint32_t cols = 0;                  // inputs
+  bool reads_norm = false;            // whose result a pass has several copies of while it decodes
   std::vector<Matrix> matrices;
   bool operator==(const BenchShape&) const = default;
 

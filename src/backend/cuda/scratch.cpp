@@ -74,7 +74,9 @@ ScratchLayout::ScratchLayout(const Shape& shape) {
   const auto x_bytes = [&](uint32_t width) { return rows * x_stride(width) * sizeof(uint16_t); };
   const uint32_t q_width = shape.heads * shape.head_dim, kv_width = shape.kv_heads * shape.head_dim;
   place_float(Slot::residual, shape.hidden, rows);
-  place(Slot::normed, shape.hidden, x_bytes(shape.hidden));
+  place(Slot::normed, shape.hidden,
+        std::max<uint64_t>(rows, kNormedCopies * std::min<uint64_t>(rows, kCopiedRows)) * x_stride(shape.hidden) *
+            sizeof(uint16_t));
   place_float(Slot::q, q_width, rows);
   place_float(Slot::k, kv_width, rows);
   place_float(Slot::v, kv_width, rows);
