@@ -3,7 +3,7 @@
 //
 //   kernel           grid                          block   bytes moved per row
 //   begin_pass       (hidden / 1024, rows)         256     4 hidden over the bus, 4 hidden written
-//   rms_norm         (rows)                        1024    8 hidden read, 2 hidden written, a copy
+//   rms_norm         (rows, copies)                1024    8 hidden read, 2 hidden written, of each copy
 //   swiglu           (width / 2048, rows)          256     8 width read, 2 width written
 //   select_rows      (width / 256)                 256     8 width for a row that moves
 //   gather_columns   (width / 512, rows)           256     2 width read here and there, 4 width of perm, 2 width written
