@@ -112,6 +112,7 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
   if (settings_.temperature <= 0) return argmax(logits);
 
   const float largest = largest_of(logits);
+  if (std::isinf(largest)) return argmax(logits);  // by a penalty near 0: certain, and no number to weigh others by
   size_t kept = logits.size();
   bool chosen = false;  // the first `kept` of candidates_; else all
   if (settings_.top_k > 0 && static_cast<size_t>(settings_.top_k) < kept) {

@@ -143,6 +143,22 @@ TEST_CASE("the repeat penalty divides positive logits, multiplies negative ones,
   CHECK(draw({.temperature = 0, .repeat_penalty = 2.0f}, {2.0f, 1.9f}, 1, long_ago).begin()->first == 0);
 }
 
+TEST_CASE("a penalty that makes a logit infinite makes its token certain, whatever else is asked for") {
+  const std::vector<float> logits = {1.0f, 3.0f, 2.0f, -1.0f};
+  const std::vector<int32_t> recent = {2};
+  for (const float penalty : {0.0f, 1e-45f}) {
+    for (const SamplerSettings& asked : {SamplerSettings{}, SamplerSettings{.temperature = 1},
+                                         SamplerSettings{.temperature = 1, .top_k = 2},
+                                         SamplerSettings{.temperature = 1, .top_p = 0.5f},
+                                         SamplerSettings{.temperature = 1, .min_p = 0.1f}}) {
+      SamplerSettings settings = asked;
+      settings.repeat_penalty = penalty;
+      Sampler sampler(settings, 4);
+      CHECK(sampler.sample(logits, recent) == 2);
+    }
+  }
+}
+
 TEST_CASE("everything off draws from the whole vocabulary") {
   CHECK(draw({.temperature = 1}, std::vector<float>(50, 0.0f), 5000).size() == 50);
 }
