@@ -480,7 +480,8 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? kSmallBlocksPerSm 
     attention_decode_f16(const DecodeParams params) {
   __shared__ __align__(16) Shared<kHeadDim> shared;
   const Place place = find_place(params);  // the rows of a pass were uploaded before the previous grid began
-  let_next_grid_start();  // a product, which reads nothing but weights before this grid is complete
+  // The next one reads, until this one is complete, weights, what was uploaded for the pass, or earlier passes' cache.
+  let_next_grid_start();
   if (blockIdx.y < place.splits) prefetch_tile<kHeadDim>(params, place);
   wait_for_previous_grid();
   stamp_begin(params.begin_stamp);
